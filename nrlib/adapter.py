@@ -1,0 +1,67 @@
+"""The gated adapter of neutral residues: Signe Talla, Grave and Jégou, https://arxiv.org/abs/2410.02744.
+
+                       ┌──────────────► FFN ──────────────┐
+    x (B, T, D) ───────┤                                  (+)──► output (B, T, D)
+                       └─► W_i, W_g ─► GLU ─► W_o ─► (·) ─┘
+                                                      ▲  residue (B, T, D)
+                       x ──► w·x + b ──► relu ────────┘  gate (B, T, 1)
+
+The backbone is frozen; only what stands on the lower path is trained, so that the residue is near zero wherever the
+text belongs to the original domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "relu": F.relu, "elu": F.elu}
+
+
+class GatedAdapter(nn.Module):
+    """A gated linear unit whose output is scaled by one gate per token.
+
+        adapter(x) = W_o ( silu(W_g x) * (W_i x) )
+        gate(x)    = relu(w · x + b)
+        residue(x) = gate(x) · adapter(x)
+
+    Parameters
+    ----------
+    d_model : D, width of the hidden state.
+    width : H, width of the adapter.
+    n_layers : L, layers of the backbone; enters the low-variance initialisation.
+    gate : 'relu' (the paper's choice), 'sigmoid', 'elu', or 'none' for a vanilla adapter.
+    initialisation : 'low_variance' (1/(D·L)) or 'he' (2/D), the variance of W_i, W_g and w.
+    """
+
+    def __init__(
+        self, d_model: int, width: int, n_layers: int, gate: str = "relu", initialisation: str = "low_variance"
+    ) -> None:
+        super().__init__()
+        self.input_projection = nn.Linear(d_model, width, bias=False)  # W_i (H, D)
+        self.gate_projection = nn.Linear(d_model, width, bias=False)  # W_g (H, D)
+        self.output_projection = nn.Linear(width, d_model, bias=False)  # W_o (D, H)
+        self.block_gate = nn.Linear(d_model, 1) if gate != "none" else None  # w (1, D), b (1,)
+        self.gate = gate
+        self.initialise(1 / (d_model * n_layers) if initialisation == "low_variance" else 2 / d_model)
+
+    @torch.no_grad()
+    def initialise(self, variance: float) -> None:
+        """W_o = 0, so that the extended model equals the backbone before the first step."""
+        for linear in (self.input_projection, self.gate_projection, self.block_gate):
+            if linear is not None:
+                linear.weight.normal_(0, variance**0.5)
+        if self.block_gate is not None:
+            self.block_gate.bias.zero_()
+        self.output_projection.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residue (B, T, D) of the hidden states x (B, T, D)."""
+        hidden = F.silu(self.gate_projection(x)) * self.input_projection(x)  # (B, T, H)
+        residue = self.output_projection(hidden)  # (B, T, D)
+        if self.block_gate is None:
+            return residue
+        return GATE_FUNCTIONS[self.gate](self.block_gate(x)) * residue  # (B, T, 1) * (B, T, D)

@@ -1,0 +1,141 @@
+"""The one module that knows model families: where the blocks are, how wide the model is, what a budget buys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import LAYER_CHOICES
+from .errors import BackboneError, ConfigError
+
+# What the families call their blocks, inside one decoder layer.
+BLOCK_NAMES = {
+    "ffn": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    "attention": ("self_attn", "self_attention", "attention", "attn"),
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one kind: their full names, first layer first, and the model width D."""
+
+    names: tuple[str, ...]
+    d_model: int
+
+
+def find_blocks(model: nn.Module, site: str) -> Blocks:
+    """The feed-forward or attention block of every decoder layer.
+
+    Raises
+    ------
+    BackboneError
+        When no list of decoder layers with such a block is found; the message lists what the layers contain.
+    """
+    layers_name, layers = _decoder_layers(model)
+    names = []
+    for index, layer in enumerate(layers):
+        children = [name for name, _ in layer.named_children()]
+        block = next((name for name in BLOCK_NAMES[site] if name in children), None)
+        if block is None:
+            raise BackboneError(
+                f"No {site} block was found in {layers_name}.{index} of {type(model).__name__}: looked for "
+                f"{', '.join(BLOCK_NAMES[site])}; the layer has {', '.join(children)}. Name the blocks yourself with "
+                f"target_modules, for example target_modules=['{layers_name}.{index}.{children[-1]}', …]."
+            )
+        names.append(f"{layers_name}.{index}.{block}")
+    return Blocks(tuple(names), model_width(model))
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    # Inner lists (experts) are longer at times, but the decoder's own list is the outermost.
+    outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists) and len(m) > 0]
+    if not outer:
+        raise BackboneError(f"{type(model).__name__} has no list of layers: is it a decoder-only language model?")
+    return max(outer, key=lambda item: len(item[1]))
+
+
+def model_width(model: nn.Module) -> int:
+    """D, whatever the family calls it."""
+    config = getattr(model, "config", None)
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        raise BackboneError(f"{type(model).__name__} has no config.hidden_size, so the adapter's width D is unknown.")
+    return int(width)
+
+
+def select_layers(layers: str, n_layers: int) -> list[int]:
+    """The indices that 'all', 'first_half', 'last_half', 'every_other' or '0,2,3' stand for.
+
+    Raises
+    ------
+    ConfigError
+        For an index beyond the model, or one that is named twice.
+    """
+    half = math.ceil(n_layers / 2)
+    if layers in LAYER_CHOICES:
+        chosen = {
+            "all": range(n_layers),
+            "first_half": range(half),
+            "last_half": range(n_layers - half, n_layers),
+            "every_other": range(1, n_layers, 2) if n_layers > 1 else range(1),
+        }[layers]
+        return list(chosen)
+    indices = [int(part) for part in layers.split(",")]
+    beyond = [index for index in indices if index >= n_layers]
+    if beyond:
+        raise ConfigError(
+            f"layers = {layers!r} names layer {beyond[0]}, but the model has {n_layers} layers: allowed are 0 to "
+            f"{n_layers - 1}. Choose indices in that range, or one of {', '.join(LAYER_CHOICES)}."
+        )
+    if len(set(indices)) < len(indices):
+        raise ConfigError(f"layers = {layers!r} names a layer twice. Name each layer once.")
+    return sorted(indices)
+
+
+def count_weights(model: nn.Module) -> int:
+    """All weights of the model, embeddings included, tied ones once, adapters left out."""
+    return sum(p.numel() for name, p in model.named_parameters() if "neutral_residues_" not in name)
+
+
+def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_gate: bool) -> int:
+    """The largest adapter width H whose weights, over all blocks, stay within `extra_ratio` of the backbone's.
+
+    Raises
+    ------
+    ConfigError
+        When the budget does not pay for a width of 1.
+    """
+    d_model, n_backbone = model_width(model), count_weights(model)
+    per_block = extra_ratio * n_backbone / n_blocks - ((d_model + 1) if has_gate else 0)
+    width = int(per_block // (3 * d_model))
+    if width < 1:
+        smallest = n_blocks * (3 * d_model + ((d_model + 1) if has_gate else 0)) / n_backbone
+        raise ConfigError(
+            f"extra_ratio = {extra_ratio:g} is too small: {extra_ratio:.2%} of {n_backbone:,} backbone weights over "
+            f"{n_blocks} adapters pays for less than one unit of width. Give at least {smallest:.2g}, or fewer layers."
+        )
+    return width
+
+
+def lora_rank_for_budget(model: nn.Module, extra_ratio: float) -> int:
+    """The largest LoRA rank on all linear layers but the output layer whose weights stay within the budget.
+
+    Raises
+    ------
+    ConfigError
+        When the budget does not pay for rank 1.
+    """
+    output_layer = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output_layer]
+    per_rank = sum(m.in_features + m.out_features for m in linears)
+    n_backbone = count_weights(model)
+    rank = int(extra_ratio * n_backbone // per_rank)
+    if rank < 1:
+        raise ConfigError(
+            f"extra_ratio = {extra_ratio:g} is too small: rank 1 on {len(linears)} linear layers takes {per_rank:,} "
+            f"weights. Give at least {per_rank / n_backbone:.2g}."
+        )
+    return rank

@@ -1,0 +1,166 @@
+"""The backbone: a small Llama-shaped decoder trained here and cached, or any causal language model by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .batches import MixedBatches
+from .config import RunConfig, TrainingConfig
+from .errors import BackboneError
+from .losses import ORIGINAL
+from .machine import pick_device
+from .storage import atomic_directory, atomic_path, cache_directory, fingerprint
+from .texts import PreparedText
+from .training import Hooks, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BACKBONE_VERSION = 1
+PRETRAINING_BATCH_SIZE = 16
+
+
+def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -> PreTrainedModel:
+    """The backbone of a run, in evaluation mode and float32 if it was trained here.
+
+    Raises
+    ------
+    BackboneError
+        When a named model cannot be had or is not a causal language model.
+    """
+    if config.backbone.name:
+        model = load_backbone(config.backbone.name)
+    else:
+        folder = backbone_directory(config, text)
+        if not folder.exists():
+            _pretrain(config, text, folder, progress)
+        model = load_backbone(str(folder))
+    return model.to(pick_device()).eval()
+
+
+def load_backbone(name: str) -> PreTrainedModel:
+    """A causal language model from a local folder or the hub, checked for causality."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name)
+    except Exception as error:  # hub errors come in a dozen classes
+        raise BackboneError(_why_not_loaded(name, error)) from error
+    check_is_causal(model, name)
+    return model
+
+
+@torch.no_grad()
+def check_is_causal(model: PreTrainedModel, name: str) -> None:
+    """Raise BackboneError unless the logits of a token do not depend on the tokens after it."""
+    problem = "is an encoder-decoder model" if getattr(model.config, "is_encoder_decoder", False) else ""
+    if not problem:
+        was_training = model.training
+        model.eval()
+        tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(model.parameters()).device)
+        logits = model(input_ids=tokens).logits[:, :3]
+        model.train(was_training)
+        if not torch.allclose(logits[0], logits[1], atol=1e-3):
+            problem = "lets a token see the tokens after it, as masked language models do"
+    if problem:
+        raise BackboneError(
+            f"{name!r} ({type(model).__name__}) {problem}; neutral residues here extend causal language models only. "
+            "Choose a decoder such as Llama, Gemma, Mistral, Qwen or GPT-2."
+        )
+
+
+def backbone_directory(config: RunConfig, text: PreparedText) -> Path:
+    """Where a backbone trained here is cached, by everything that determines it."""
+    c = config.training
+    key = [BACKBONE_VERSION, PRETRAINING_BATCH_SIZE, config.to_dict()["backbone"], c.context_length]
+    key += [text.corpora["original"]["fingerprint"], fingerprint(text.pretraining.tokens.tolist(), 16), c.precision]
+    return cache_directory() / "backbones" / fingerprint(key, 16)
+
+
+def build_backbone(config: RunConfig, vocabulary_size: int, eos_token_id: int) -> PreTrainedModel:
+    """An untrained Llama-shaped decoder; its weights depend on `pretraining_seed` alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    b = config.backbone
+    shape = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=b.d_model,
+        intermediate_size=b.ffn_width,
+        num_hidden_layers=b.n_layers,
+        num_attention_heads=b.n_heads,
+        max_position_embeddings=max(1024, 2 * config.training.context_length),
+        tie_word_embeddings=True,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(b.pretraining_seed)
+        return LlamaForCausalLM(shape)
+
+
+def _pretrain(config: RunConfig, text: PreparedText, folder: Path, progress: bool) -> None:
+    model = build_backbone(config, len(text.tokenizer), text.tokenizer.eos_token_id).to(pick_device())
+    c = config.training
+    n_steps = -(-config.backbone.pretraining_tokens // (PRETRAINING_BATCH_SIZE * c.context_length))
+    settings = TrainingConfig(
+        n_tokens=config.backbone.pretraining_tokens,
+        context_length=c.context_length,
+        batch_size=PRETRAINING_BATCH_SIZE,
+        learning_rate=config.backbone.pretraining_learning_rate,
+        mix_ratio=0.0,
+        weight_decay=0.1,
+        precision=c.precision,
+    )
+    batches = MixedBatches(
+        text.pretraining,
+        None,
+        mix_ratio=0.0,
+        n_steps=n_steps,
+        batch_size=PRETRAINING_BATCH_SIZE,
+        context_length=c.context_length,
+        seed=config.backbone.pretraining_seed,
+        new_is=ORIGINAL,
+    )
+    checkpoint = checkpoint_hooks(f"backbone-{folder.name}")
+    train(model, batches, settings, hooks=checkpoint, description="pretrain the backbone", progress=progress)
+    with atomic_directory(folder) as temporary:
+        model.save_pretrained(temporary)
+        text.tokenizer.save_pretrained(temporary)
+    delete_checkpoint(f"backbone-{folder.name}")
+
+
+def _checkpoint_path(name: str) -> Path:
+    return cache_directory() / "checkpoints" / f"{name}.pt"
+
+
+def checkpoint_hooks(name: str, **hooks: Any) -> Hooks:
+    """Hooks that keep a checkpoint in the cache under `name`."""
+    path = _checkpoint_path(name)
+
+    def save(state: dict[str, Any]) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    def load() -> dict[str, Any] | None:
+        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+    return Hooks(save=save, load=load, **hooks)
+
+
+def delete_checkpoint(name: str) -> None:
+    """Remove the checkpoint of a finished run."""
+    _checkpoint_path(name).unlink(missing_ok=True)
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        remedy = f"The model is gated: accept its licence on its hub page and log in with `hf auth login`, then retry {name!r}."
+    elif Path(name).exists():
+        remedy = "The folder exists, but holds no causal language model that transformers can load."
+    else:
+        remedy = "Check the name, the network connection, or give a local folder written by save_pretrained()."
+    return f"The backbone {name!r} could not be loaded. {remedy} ({text.splitlines()[0][:300]})"

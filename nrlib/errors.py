@@ -1,0 +1,27 @@
+"""The errors a user of nrlib can meet: each says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class NrlibError(Exception):
+    """Base class; the console command prints it as one paragraph, without a traceback."""
+
+
+class ConfigError(NrlibError, ValueError):
+    """A parameter has a value, type or name that is not allowed."""
+
+
+class CorpusError(NrlibError):
+    """A corpus cannot be had, read or used."""
+
+
+class BackboneError(NrlibError):
+    """A backbone cannot be loaded or is of the wrong kind."""
+
+
+class RecordError(NrlibError):
+    """A stored record cannot be used."""
+
+
+class StorageError(NrlibError, OSError):
+    """A result could not be written, for example because the disk is full."""

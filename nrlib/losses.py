@@ -1,0 +1,156 @@
+"""The local loss and the gate statistics: what adapters say about each domain (arXiv 2410.02744, section 3).
+
+    training loss = language-model loss + local_loss_weight · local loss
+
+Both are collected with forward hooks that reduce each layer at once to a sum and a count, so nothing of size (B, T, D)
+outlives its layer, nothing is stored on a module, and sums over data-parallel shards can simply be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter import GATE_FUNCTIONS
+from .peft_method import active_adapters
+
+ORIGINAL, NEW, IGNORED = 0, 1, -1  # domain of a token; IGNORED is padding
+
+
+class LocalLoss:
+    """Collects the local loss of every active adapter during one forward pass.
+
+    Use as a context around the forward *and* the backward pass, so that activation checkpointing, which runs the
+    forward pass again during the backward pass, repeats the same operations; each adapter counts once all the same.
+
+        with LocalLoss(model, "l1", domain) as local_loss:
+            loss = model(tokens).loss + local_loss_weight * local_loss.mean()
+            loss.backward()
+
+    Parameters
+    ----------
+    model : any module that contains `GatedAdapter`s.
+    kind : 'l1', mean over layers and original-domain tokens of ||residue||_1 / D; 'domain_cross_entropy', mean over
+        layers and tokens of the cross-entropy of the gate as a classifier of the new domain; or 'none'.
+    domain : (B,) or (B, T), ORIGINAL, NEW or IGNORED for each sequence or token.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, domain: Tensor) -> None:
+        self.adapters = [] if kind == "none" else active_adapters(model)
+        self.kind = kind
+        self.domain = domain
+        self._sums: dict[nn.Module, Tensor] = {}
+        self._counts: dict[nn.Module, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> LocalLoss:
+        for adapter in self.adapters:
+            if self.kind == "l1":
+                self._handles.append(adapter.register_forward_hook(self._add_l1))
+            else:
+                self._handles.append(adapter.block_gate.register_forward_hook(self._add_cross_entropy))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def sum_and_count(self) -> tuple[Tensor, Tensor]:
+        """Sum over layers and tokens, and number of (layer, token) pairs: what to add up over data-parallel ranks."""
+        if not self._sums:
+            zero = torch.zeros((), device=self.domain.device)
+            return zero, zero
+        return torch.stack(list(self._sums.values())).sum(), torch.stack(list(self._counts.values())).sum()
+
+    def mean(self) -> Tensor:
+        """The local loss, a scalar; 0 for a batch without a token that counts."""
+        total, count = self.sum_and_count()
+        return total / count.clamp(min=1)
+
+    def _add_l1(self, adapter: nn.Module, inputs: tuple[Tensor, ...], residue: Tensor) -> None:
+        is_original = (_per_token(self.domain, residue) == ORIGINAL).float()
+        per_token = residue.float().abs().mean(dim=-1)  # ||residue||_1 / D, (B, T)
+        self._keep(adapter, (per_token * is_original).sum(), is_original.sum())
+
+    def _add_cross_entropy(self, block_gate: nn.Module, inputs: tuple[Tensor, ...], score: Tensor) -> None:
+        domain = _per_token(self.domain, score)
+        counts = (domain != IGNORED).float()
+        is_new = (domain == NEW).float()
+        per_token = F.binary_cross_entropy_with_logits(score.float().squeeze(-1), is_new, reduction="none")
+        self._keep(block_gate, (per_token * counts).sum(), counts.sum())
+
+    def _keep(self, module: nn.Module, total: Tensor, count: Tensor) -> None:
+        if module.training and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "The local loss was collected in training without gradients, as reentrant activation checkpointing does. "
+                "Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+        # A recomputation of the same layer repeats the work (checkpointing compares the operations) but adds nothing.
+        self._sums.setdefault(module, total)
+        self._counts.setdefault(module, count)
+
+
+class GateStatistics:
+    """Per-layer means over tokens by domain, gathered over any number of forward passes without gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.adapters = active_adapters(model)
+        self._totals: dict[tuple[int, str], Tensor] = {}
+
+    @contextmanager
+    def collect(self, name: str) -> Iterator[None]:
+        """Add everything that passes through the adapters to the statistics of the text called `name`."""
+        handles = []
+        for layer, adapter in enumerate(self.adapters):
+            handles.append(adapter.register_forward_hook(self._residue_hook(layer, name)))
+            if adapter.block_gate is not None:
+                handles.append(adapter.block_gate.register_forward_hook(self._gate_hook(layer, name, adapter.gate)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each adapter and text: mean gate, share of open gates, mean ||residue||_1 / D."""
+        rows = []
+        for (layer, name), totals in sorted(self._totals.items()):
+            n_tokens, residue, gate, n_open = totals.tolist()
+            row = {"layer": layer, "text": name, "mean_residue": residue / n_tokens}
+            if self.adapters[layer].block_gate is not None:
+                row |= {"mean_gate": gate / n_tokens, "open_ratio": n_open / n_tokens}
+            rows.append({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
+        return rows
+
+    def _row(self, layer: int, name: str) -> Tensor:
+        return self._totals.setdefault((layer, name), torch.zeros(4, dtype=torch.float64))
+
+    def _residue_hook(self, layer: int, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, residue: Tensor) -> None:
+            row = self._row(layer, name)
+            row[0] += residue.shape[:-1].numel()
+            row[1] += residue.float().abs().mean(dim=-1).sum().item()
+
+        return hook
+
+    def _gate_hook(self, layer: int, name: str, gate: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, score: Tensor) -> None:
+            value = GATE_FUNCTIONS[gate](score.float())
+            row = self._row(layer, name)
+            row[2] += value.sum().item()
+            row[3] += (value > 0.01).sum().item()
+
+        return hook
+
+
+def _per_token(domain: Tensor, values: Tensor) -> Tensor:
+    """Domain (B, T) for values (B, T, ·), from a domain per sequence or per token."""
+    if domain.dim() == 1:
+        domain = domain[:, None]
+    return domain.expand(values.shape[:-1])

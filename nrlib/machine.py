@@ -1,0 +1,94 @@
+"""The machine a run stands on: threads, memory allocator, precision, and what to write into a record about it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+# glibc's mallopt parameters, from malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+PACKAGES = ("nrlib", "torch", "transformers", "peft", "tokenizers", "numpy")
+
+
+@functools.cache
+def keep_large_blocks() -> bool:
+    """Let malloc keep freed blocks instead of returning them to the kernel; True where that is possible (glibc).
+
+    A training step frees and asks for the same large temporaries (the logits above all); by default each comes from
+    the kernel as fresh pages, which costs a quarter of a step on a small model.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """'auto' is the first accelerator, else the processor."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products: 'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            return any("avx512_bf16" in line or "amx_bf16" in line for line in handle if line.startswith("flags"))
+    except OSError:
+        return False
+
+
+def describe_device(device: torch.device) -> str:
+    """'cpu: AMD EPYC, 2 cores' or the accelerator's name."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {_cpu_name()}, {os.cpu_count()} cores"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            names = [line.partition(":")[2].strip() for line in handle if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Peak memory of this process in MB: the device's, or the resident set on a processor."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) / 1e6)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak / 1e6 if sys.platform == "darwin" else peak / 1e3)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "source"
+    return versions

@@ -1,0 +1,205 @@
+"""Neutral residues as a PEFT method: injection, switching, saving and loading come from PEFT.
+
+import nrlib
+model = peft.get_peft_model(backbone, nrlib.NeutralResiduesConfig(extra_ratio=0.2))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+
+from .adapter import GatedAdapter
+from .architecture import find_blocks, select_layers, width_for_budget
+from .config import MethodConfig, check_layers, check_value
+from .errors import ConfigError
+
+PEFT_NAME = "neutral_residues"
+_FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}
+
+
+def _extend_peft_types() -> None:
+    # PEFT's registry takes only members of this closed enum. A member of that name in a later PEFT wins.
+    if PEFT_NAME.upper() in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, PEFT_NAME.upper())
+    member._name_, member._value_ = PEFT_NAME.upper(), PEFT_NAME.upper()
+    PeftType._member_map_[member.name] = member
+    PeftType._value2member_map_[member.value] = member
+    PeftType._member_names_.append(member.name)
+    type.__setattr__(PeftType, member.name, member)
+
+
+_extend_peft_types()
+
+
+@dataclass
+class NeutralResiduesConfig(PeftConfig):
+    """Options of the adapters; each is described at the field of the same name in `nrlib.config.MethodConfig`."""
+
+    extra_ratio: float = _FIELDS["extra_ratio"].default
+    gate: str = _FIELDS["gate"].default
+    local_loss: str = _FIELDS["local_loss"].default
+    local_loss_weight: float = _FIELDS["local_loss_weight"].default
+    initialisation: str = _FIELDS["initialisation"].default
+    position: str = _FIELDS["position"].default
+    site: str = _FIELDS["site"].default
+    layers: str | list[int] = _FIELDS["layers"].default
+    width: int | None = field(
+        default=None, metadata={"help": "adapter width H; None: as wide as extra_ratio allows, filled in at injection"}
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "full names of the wrapped blocks; None: found from site and layers"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[PEFT_NAME.upper()]
+        if isinstance(self.layers, (list, tuple)):
+            self.layers = ",".join(str(index) for index in self.layers)
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        for name in ("extra_ratio", "gate", "local_loss", "local_loss_weight", "initialisation", "position", "site"):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            check_value(name, float(value) if is_whole else value, _FIELDS[name])
+        check_layers(self.layers)
+        if self.local_loss == "domain_cross_entropy" and self.gate == "none":
+            raise ConfigError(
+                "local_loss = 'domain_cross_entropy' trains the block gate as a domain classifier, but gate = 'none'. "
+                "Choose gate = 'sigmoid' (the paper's pairing), or local_loss = 'l1' or 'none'."
+            )
+
+
+class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
+    """A backbone block (feed-forward or attention) with adapters beside it.
+
+    parallel: output = block(x) + residue(x); serial: output = block(x) + residue(block(x)).
+    """
+
+    adapter_layer_names = ("neutral_residues_adapters",)
+    other_param_names = ("neutral_residues_positions",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.neutral_residues_adapters = nn.ModuleDict()
+        self.neutral_residues_positions: dict[str, str] = {}
+
+    def update_layer(self, adapter_name: str, config: NeutralResiduesConfig, d_model: int, n_layers: int) -> None:
+        """Add an adapter, on the device of the block."""
+        adapter = GatedAdapter(d_model, config.width, n_layers, config.gate, config.initialisation)
+        weight = next(self.base_layer.parameters())
+        if not any(p.is_meta for p in adapter.parameters()):
+            adapter.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
+        self.neutral_residues_adapters[adapter_name] = adapter
+        self.neutral_residues_positions[adapter_name] = config.position
+        self.set_adapter(self.active_adapters)
+
+    def active_adapter_modules(self) -> list[GatedAdapter]:
+        """The adapters that take part in the forward pass now."""
+        if self.disable_adapters:
+            return []
+        return [self.neutral_residues_adapters[n] for n in self.active_adapters if n in self.neutral_residues_adapters]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
+        block_output = output[0] if isinstance(output, tuple) else output
+        extended = block_output
+        for name in self.active_adapters:
+            if name not in self.neutral_residues_adapters:
+                continue
+            adapter = self.neutral_residues_adapters[name]
+            adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
+            # PEFT keeps adapters of a half-precision backbone in float32
+            dtype = adapter.input_projection.weight.dtype
+            extended = extended + adapter(adapter_input.to(dtype)).to(extended.dtype)
+        return (extended, *output[1:]) if isinstance(output, tuple) else extended
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(_CANNOT_MERGE)
+
+
+_CANNOT_MERGE = (
+    "A neutral residue depends on its input through a gate, so it cannot be merged into the backbone's weights. Keep "
+    "the adapter beside the backbone, or call unload() to get the backbone back."
+)
+
+
+class NeutralResiduesModel(BaseTuner):
+    """The PEFT tuner: finds the blocks, replaces them by `NeutralResiduesLayer`s."""
+
+    prefix = "neutral_residues_"
+    tuner_layer_cls = NeutralResiduesLayer
+
+    def _prepare_adapter_config(
+        self, peft_config: NeutralResiduesConfig, model_config: dict[str, Any]
+    ) -> NeutralResiduesConfig:
+        blocks = find_blocks(self.model, peft_config.site)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = [blocks.names[i] for i in select_layers(peft_config.layers, len(blocks.names))]
+        known = {name for name, _ in self.model.named_modules()}
+        missing = [name for name in peft_config.target_modules if name not in known]
+        if missing:
+            raise ConfigError(
+                f"target_modules names {missing[0]!r}, which this model does not have. Blocks found for site = "
+                f"{peft_config.site!r}: {', '.join(blocks.names)}."
+            )
+        if peft_config.width is None:
+            peft_config.width = width_for_budget(
+                self.model, peft_config.extra_ratio, len(peft_config.target_modules), peft_config.gate != "none"
+            )
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: NeutralResiduesConfig, key: str) -> bool:
+        return key in peft_config.target_modules  # full names: nothing is matched by accident or skipped in silence
+
+    def _create_and_replace(
+        self,
+        peft_config: NeutralResiduesConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, NeutralResiduesLayer) else NeutralResiduesLayer(target)
+        blocks = find_blocks(self.model, peft_config.site)
+        layer.update_layer(adapter_name, peft_config, blocks.d_model, len(blocks.names))
+        if adapter_name not in self.active_adapters:
+            layer.neutral_residues_adapters[adapter_name].requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own version reads `.weight`, which a whole block lacks
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(_CANNOT_MERGE)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's default looks for the name in the last two parts only; an adapter here is a module with parts.
+        return key.replace(f"neutral_residues_adapters.{adapter_name}.", "neutral_residues_adapters.")
+
+
+register_peft_method(name=PEFT_NAME, config_cls=NeutralResiduesConfig, model_cls=NeutralResiduesModel)
+
+
+def active_adapters(model: nn.Module) -> list[GatedAdapter]:
+    """The adapters that take part in the forward pass of `model`, first layer first."""
+    layers = [module for module in model.modules() if isinstance(module, NeutralResiduesLayer)]
+    if not layers:  # adapters used without PEFT
+        return [module for module in model.modules() if isinstance(module, GatedAdapter)]
+    return [adapter for layer in layers for adapter in layer.active_adapter_modules()]

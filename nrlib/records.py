@@ -1,0 +1,143 @@
+"""A record: what a run was, what came out and what it ran on. Published records are JSON files under data/results/,
+written only from a clean tree; all others lie in the cache."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import RunConfig, config_from_dict
+from .errors import RecordError
+from .machine import describe_device, package_versions, peak_memory_mb, pick_precision
+from .storage import atomic_path, cache_directory, project_directory, results_directory
+
+SCHEMA_VERSION = 1  # layout of the file
+RESULT_VERSION = 1  # raised when a change of the code changes results of the same configuration
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run."""
+
+    run_id: str
+    notebook: str  # the experiment that asked for the run first
+    config: dict[str, Any]
+    results: dict[str, Any]
+    curve: list[dict[str, float]]
+    provenance: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+    result_version: int = RESULT_VERSION
+
+    @property
+    def run_config(self) -> RunConfig:
+        return config_from_dict(self.config)
+
+
+def collect_provenance(
+    config: RunConfig, corpora: dict[str, Any], device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Everything about a run that is not its configuration."""
+    commit, is_dirty = git_state()
+    return {
+        "seed": config.seed,
+        "device": describe_device(device),
+        "n_threads": torch.get_num_threads(),
+        "precision": str(pick_precision(config.training.precision, device)).removeprefix("torch."),
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": peak_memory_mb(device),
+        "versions": package_versions(),
+        "corpora": corpora,
+        "git_commit": commit,
+        "is_dirty": is_dirty,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def git_state() -> tuple[str, bool]:
+    """Commit of the checkout and whether anything but records differs from it; ('unknown', True) outside a checkout."""
+    folder = project_directory()
+    try:
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        changes = _git(folder, "status", "--porcelain", "--", ".", ":!data/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
+    return commit, bool(changes.strip())
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def save_record(record: Record) -> Path:
+    """Write a record: with NRLIB_PUBLISH=1 under data/results/, else into the cache.
+
+    Raises
+    ------
+    RecordError
+        When a record of a tree with uncommitted changes would be published.
+    """
+    folder = cache_directory() / "records"
+    if os.environ.get("NRLIB_PUBLISH") == "1":
+        if record.provenance["is_dirty"]:
+            raise RecordError(
+                f"{record.run_id} cannot be published: the working tree has uncommitted changes, so no commit "
+                "describes the code that made it. Commit first, or run without --publish."
+            )
+        folder = results_directory()
+    path = folder / f"{record.run_id}.json"
+    parts = {key: json.dumps(value, ensure_ascii=False) for key, value in asdict(record).items()}
+    lines = ",\n".join(f'"{key}": {value}' for key, value in parts.items())  # one line a part: readable differences
+    with atomic_path(path) as temporary:
+        temporary.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    return path
+
+
+def load_record(config: RunConfig) -> Record | None:
+    """The stored record of this configuration, a published one first; None if there is none."""
+    for folder in (results_directory(), cache_directory() / "records"):
+        path = folder / f"{config.run_id}.json"
+        if path.exists():
+            record = read_record(path)
+            if record.config != config.to_dict():
+                raise RecordError(f"{path} holds another configuration than its name says. Delete it and run again.")
+            return record
+    return None
+
+
+def read_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises
+    ------
+    RecordError
+        For a file that is no record, or one of another schema or result version.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        versions = (stored["schema_version"], stored["result_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a run record ({error}). Delete it, and the run is made again.") from error
+    if versions != (SCHEMA_VERSION, RESULT_VERSION):
+        raise RecordError(
+            f"{path} has schema version {versions[0]} and result version {versions[1]}; this nrlib reads schema "
+            f"{SCHEMA_VERSION} and result version {RESULT_VERSION}. Use the nrlib that wrote it (commit "
+            f"{stored.get('provenance', {}).get('git_commit', 'unknown')}), or delete the file to run it again."
+        )
+    try:
+        return Record(**stored)
+    except TypeError as error:
+        raise RecordError(f"{path} is not a run record ({error}). Delete it, and the run is made again.") from error
+
+
+def published_records() -> Iterator[Record]:
+    """All records under data/results/, by name."""
+    for path in sorted(results_directory().glob("*.json")):
+        yield read_record(path)

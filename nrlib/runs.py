@@ -1,0 +1,130 @@
+"""One run: load its record, or train, measure and record it. A killed run resumes from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .architecture import count_weights
+from .backbone import checkpoint_hooks, delete_checkpoint, get_backbone
+from .batches import MixedBatches
+from .config import RunConfig
+from .errors import ConfigError
+from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
+from .methods import apply_method, count_extra_weights
+from .records import Record, collect_provenance, load_record, save_record
+from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
+from .training import TrainingState, train
+
+
+def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
+    """The stored record of `config`, or a new run of it."""
+    record = load_record(config)
+    if record is None:
+        record = run(config, notebook=notebook, progress=progress)
+        save_record(record)
+        delete_checkpoint(config.run_id)
+    return record
+
+
+def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
+    """Train and measure, without storing the result."""
+    text = prepare_text(config.data, config.backbone, progress)
+    backbone = get_backbone(config, text, progress)
+    n_backbone = count_weights(backbone)
+    model, state = extend(config, text, backbone, progress)
+    before = backbone_metrics(config, text)
+    names = (*TEST_SETS, *VALIDATION_SETS)
+    after, statistics = evaluate(model, text.held_out, names, config.training.context_length)
+    device = next(model.parameters()).device
+    results = {
+        "bits_per_byte": _rounded(after),
+        "backbone_bits_per_byte": _rounded(before),
+        "forgetting": _rounded(
+            {n: forgetting(after[n], before[n]) for n in ("unseen_original", "proxy") if n in after}
+        ),
+        "drift": _measure_drift(config, text, model),
+        "n_backbone_weights": n_backbone,
+        "n_extra_weights": count_extra_weights(model, n_backbone),
+        "tokens_per_second": round(config.training.n_tokens / state.seconds),
+        "gate_statistics": statistics,
+    }
+    provenance = collect_provenance(config, text.corpora, device, state.seconds)
+    return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance)
+
+
+def extend(
+    config: RunConfig, text: PreparedText, backbone: nn.Module, progress: bool = True
+) -> tuple[nn.Module, TrainingState]:
+    """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
+    c, method = config.training, config.method
+    n_steps = c.n_tokens // (c.batch_size * c.context_length)
+    if n_steps < 1:
+        raise ConfigError(
+            f"n_tokens = {c.n_tokens} is less than one batch of batch_size = {c.batch_size} sequences of "
+            f"context_length = {c.context_length} ({c.batch_size * c.context_length} tokens). Train for longer."
+        )
+    batches = MixedBatches(
+        text.new,
+        text.proxy,
+        mix_ratio=c.mix_ratio,
+        n_steps=n_steps,
+        batch_size=c.batch_size,
+        context_length=c.context_length,
+        seed=config.seed,
+    )
+    model = apply_method(backbone, method, config.seed)
+
+    def measure() -> dict[str, float]:
+        values, _ = evaluate(model, text.held_out, VALIDATION_SETS, c.context_length)
+        return {f"bits_per_byte_{name}": value for name, value in _rounded(values).items()}
+
+    state = train(
+        model,
+        batches,
+        c,
+        local_loss=method.local_loss,
+        local_loss_weight=method.local_loss_weight,
+        hooks=checkpoint_hooks(config.run_id, measure=measure),
+        description=config.run_id,
+        progress=progress,
+    )
+    return model, state
+
+
+def backbone_metrics(config: RunConfig, text: PreparedText) -> dict[str, float]:
+    """Bits per byte of the backbone on every held-out text; kept in memory, since all runs of a sweep share it."""
+    key = (config.data, config.backbone, config.training.context_length)
+    if key not in _BACKBONE_METRICS:
+        backbone = get_backbone(config, text, progress=False)
+        _BACKBONE_METRICS[key] = {
+            name: bits_per_byte(backbone, stream, config.training.context_length)
+            for name, stream in text.held_out.items()
+        }
+    return _BACKBONE_METRICS[key]
+
+
+_BACKBONE_METRICS: dict[Any, dict[str, float]] = {}
+
+
+def _measure_drift(config: RunConfig, text: PreparedText, model: nn.Module) -> dict[str, float]:
+    before = _backbone_logits(config, text, model)
+    names = [name for name in ("unseen_original", "proxy") if name in text.held_out]
+    return _rounded({n: drift(model, before, text.held_out[n], config.training.context_length) for n in names})
+
+
+def _backbone_logits(config: RunConfig, text: PreparedText, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    if not hasattr(model, "disable_adapter"):  # fine-tuning has changed the backbone itself
+        return logits_function(get_backbone(config, text, progress=False))
+
+    def logits(inputs: Tensor) -> Tensor:
+        with model.disable_adapter():
+            return logits_function(model)(inputs)
+
+    return logits
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in values.items()}

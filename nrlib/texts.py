@@ -1,0 +1,174 @@
+"""What a run reads, ready to use: corpora loaded, split by document, tokenised, packed, fingerprinted and cached."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .batches import TokenStream
+from .config import BackboneConfig, DataConfig
+from .corpora import Corpus, load_corpus
+from .documents import Document
+from .errors import CorpusError
+from .splits import Split, split_corpus
+from .storage import atomic_path, cache_directory, fingerprint
+from .tokenization import encode_documents, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREPARATION_VERSION = 1
+
+# The held-out texts every run is measured on. Settings (the learning rate) are chosen on the validation texts only.
+TEST_SETS = ("unseen_original", "proxy", "new")
+VALIDATION_SETS = ("unseen_original_validation", "new_validation")
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """Token streams by role.
+
+    pretraining, proxy, new : training text; held_out : the test and validation texts by name; corpora : what each spec
+    resolved to, for the record.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pretraining: TokenStream
+    proxy: TokenStream | None
+    new: TokenStream
+    held_out: dict[str, TokenStream]
+    corpora: dict[str, dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=2)
+def prepare_text(data: DataConfig, backbone: BackboneConfig, progress: bool = True) -> PreparedText:
+    """Load and prepare all text of a run.
+
+    All original-domain specs are pooled before they are split, so that a page that is held out under one spec is held
+    out under every other.
+
+    Raises
+    ------
+    CorpusError
+        When a corpus cannot be had or is too small.
+    """
+    corpora = {role: load_corpus(spec, progress=progress) for role, spec in _specs(data).items()}
+    original = split_corpus(
+        _pool([corpora[role] for role in ("original", "proxy", "unseen_original") if role in corpora])
+    )
+    new = split_corpus(corpora["new_domain"].documents)
+    chosen = {role: {d.id for d in corpus.documents} for role, corpus in corpora.items()}
+
+    training = {role: _pick(original.train, chosen[role]) for role in ("original", "proxy") if role in corpora}
+    if backbone.name:
+        tokenizer = load_tokenizer(backbone.name)
+    else:
+        tokenizer = train_tokenizer(training["original"], backbone.vocabulary_size, progress)
+    n_bytes = data.n_evaluation_bytes
+    held_out = {
+        "unseen_original": _first(_pick(original.test, chosen["unseen_original"]), n_bytes),
+        "new": _first(new.test, n_bytes),
+        "unseen_original_validation": _first(_pick(original.validation, chosen["unseen_original"]), n_bytes // 3),
+        "new_validation": _first(new.validation, n_bytes // 3),
+    }
+    if "proxy" in corpora:
+        held_out["proxy"] = _first(_pick(original.test, chosen["proxy"]), n_bytes)
+
+    def stream(documents: Sequence[Document], name: str) -> TokenStream:
+        return tokenise(documents, tokenizer, name, progress)
+
+    return PreparedText(
+        tokenizer=tokenizer,
+        pretraining=stream(training["original"], data.original),
+        proxy=stream(training["proxy"], data.proxy) if "proxy" in training else None,
+        new=stream(new.train, data.new_domain),
+        held_out={name: stream(documents, name) for name, documents in held_out.items()},
+        corpora={
+            role: _describe(corpus, new if role == "new_domain" else original) for role, corpus in corpora.items()
+        },
+    )
+
+
+def tokenise(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, name: str, progress: bool = True
+) -> TokenStream:
+    """Encode and pack documents; cached by text and tokenizer.
+
+    Raises
+    ------
+    CorpusError
+        When there is no document.
+    """
+    if not documents:
+        raise CorpusError(
+            f"No text is left for {name} after the split into training, validation and test documents: the corpus is "
+            "too small. Give more documents."
+        )
+    key = fingerprint([PREPARATION_VERSION, _identity(tokenizer), [(d.id, d.text) for d in documents]], 32)
+    path = cache_directory() / "tokens" / f"{key}.npy"
+    if not path.exists():
+        separator = tokenizer.eos_token_id
+        parts = [np.array([separator], dtype=np.int32)]
+        encoded = encode_documents(documents, tokenizer)
+        for ids in tqdm(encoded, total=len(documents), desc=f"tokenise {name}", disable=not progress, leave=False):
+            parts.append(np.array([*ids, separator], dtype=np.int32))
+        with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, np.concatenate(parts))
+    return TokenStream(np.load(path), sum(len(d.text.encode()) for d in documents), name)
+
+
+def _specs(data: DataConfig) -> dict[str, str]:
+    return {
+        role: spec
+        for role in ("original", "proxy", "unseen_original", "new_domain")
+        if (spec := getattr(data, role))
+    }  # fmt: skip
+
+
+def _pool(corpora: Sequence[Corpus]) -> list[Document]:
+    return list({document.id: document for corpus in corpora for document in corpus.documents}.values())
+
+
+def _pick(documents: Sequence[Document], ids: set[str]) -> list[Document]:
+    return [document for document in documents if document.id in ids]
+
+
+def _first(documents: Sequence[Document], n_bytes: int) -> list[Document]:
+    """Whole documents in an order given by the hash of their id, up to about `n_bytes`; each is cut at n_bytes / 20
+    (at a paragraph) so that no single long page decides a result."""
+    chosen, total = [], 0
+    for document in sorted(documents, key=lambda d: fingerprint(d.id)):
+        if total >= n_bytes:
+            break
+        paragraphs, length = [], 0
+        for paragraph in document.text.split("\n\n"):
+            if paragraphs and length + len(paragraph.encode()) > n_bytes // 20:
+                break
+            paragraphs.append(paragraph)
+            length += len(paragraph.encode()) + 2
+        chosen.append(Document(document.id, document.source, "\n\n".join(paragraphs), document.licence))
+        total += length
+    return chosen
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return fingerprint(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
+
+
+def _describe(corpus: Corpus, split: Split) -> dict[str, Any]:
+    description = {
+        "spec": corpus.spec,
+        "fingerprint": corpus.fingerprint[:16],
+        "n_bytes": corpus.n_bytes,
+        "versions": corpus.versions,
+        "shingle_overlap": round(split.overlap_after, 5),
+    }
+    if corpus.entropy_floor is not None:
+        description["entropy_floor"] = round(corpus.entropy_floor, 5)
+    return description
