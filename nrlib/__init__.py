@@ -1,1 +1,23 @@
-"""Neutral residues: teach a pretrained language model a new domain without losing the old one (arXiv 2410.02744)."""
+"""Neutral residues: teach a pretrained language model a new domain without losing the old one (arXiv 2410.02744).
+
+Importing nrlib registers the method with PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` know it.
+"""
+
+from .adapter import GatedAdapter
+from .config import RunConfig, make_config
+from .losses import IGNORED, NEW, ORIGINAL, LocalLoss
+from .peft_method import NeutralResiduesConfig, NeutralResiduesLayer, NeutralResiduesModel
+
+__version__ = "0.1.0"
+__all__ = [
+    "IGNORED",
+    "NEW",
+    "ORIGINAL",
+    "GatedAdapter",
+    "LocalLoss",
+    "NeutralResiduesConfig",
+    "NeutralResiduesLayer",
+    "NeutralResiduesModel",
+    "RunConfig",
+    "make_config",
+]

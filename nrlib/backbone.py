@@ -101,6 +101,21 @@ def build_backbone(config: RunConfig, vocabulary_size: int, eos_token_id: int) -
         return LlamaForCausalLM(shape)
 
 
+def backbone_shape(config: RunConfig) -> PreTrainedModel:
+    """The backbone on the meta device: modules and sizes without weights, so that a mistake costs no work."""
+    if not config.backbone.name:
+        with torch.device("meta"):
+            return build_backbone(config, config.backbone.vocabulary_size, 0)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        shape = AutoConfig.from_pretrained(config.backbone.name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape)
+    except Exception as error:
+        raise BackboneError(_why_not_loaded(config.backbone.name, error)) from error
+
+
 def _pretrain(config: RunConfig, text: PreparedText, folder: Path, progress: bool) -> None:
     model = build_backbone(config, len(text.tokenizer), text.tokenizer.eos_token_id).to(pick_device())
     c = config.training

@@ -171,7 +171,7 @@ PAPER_PRESET: dict[str, Any] = {
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {
         "d_model": 32, "n_layers": 2, "n_heads": 2, "ffn_width": 88, "vocabulary_size": 512,
-        "pretraining_tokens": 60_000, "pretraining_learning_rate": 1e-2, "n_tokens": 20_480, "context_length": 64,
+        "pretraining_tokens": 60_000, "pretraining_learning_rate": 1e-2, "n_tokens": 102_400, "context_length": 64,
         "n_evaluation_bytes": 10_000, "learning_rate": 1e-2,
     },
     "laptop": {

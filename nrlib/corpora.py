@@ -114,9 +114,9 @@ def _load_hub(rest: str, progress: bool) -> Loaded:
 
 
 def _check_debian_docs(rest: str) -> None:
-    from .debian_docs import check_debian_docs  # the recipes are read only when they are asked for
+    from .debian_docs import _parse  # knows languages, groups and their other names; needs neither apt nor network
 
-    check_debian_docs(rest)
+    _parse(rest)
 
 
 def _load_debian_docs(rest: str, progress: bool) -> Loaded:

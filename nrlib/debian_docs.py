@@ -18,11 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from . import storage
-from .debian_packages import exclusive, fetch_packages, package_version, read_members
+from .debian_packages import OTHERWISE, exclusive, fetch_packages, package_version, read_members
 from .documents import Document
 from .errors import CorpusError
-from .extract import EXTRACTOR_VERSION, html_paragraphs, mallard_paragraphs, paragraphs_kept
+from .extract import EXTRACTOR_VERSION, html_paragraphs, mallard_paragraphs, mallard_titles, paragraphs_kept
 from .man_pages import man_paragraphs
+
 
 @dataclass(frozen=True)
 class Family:
@@ -42,7 +43,7 @@ class Family:
     english_paths: str = ""
 
 
-_DEV_MAN = frozenset("en cs da de es fr it ja nl pl pt pt-br ru uk".split())
+_DEV_MAN_PAGES = "en cs da de es fr it ja nl pl pt pt-br ru uk"
 _MAN_LICENCE = "various free licences, see /usr/share/doc/manpages/copyright"
 
 FAMILIES = (
@@ -59,7 +60,7 @@ FAMILIES = (
     Family(
         "manpages",
         "manpages",
-        "cs da de el en es fi fr hu id it ja mk nb nl pl pt pt-br ro ru sr sv tr uk vi zh-cn zh-tw",
+        "cs da de en es fi fr hu id it ja nb nl pl pt-br ro ru sr sv tr uk vi zh-cn zh-tw",
         "manpages-{package}",
         r"usr/share/man/{locale}/(man\d/.+)\.gz",
         _MAN_LICENCE,
@@ -104,7 +105,7 @@ FAMILIES = (
     Family(
         "gnome",
         "gnome-user-docs",
-        "ca cs da de el en es fi fr gl hi hr hu id it ja ko nl pl pt pt-br ro ru sl sr sv tr uk vi zh-cn",
+        "ca cs da de el en es fi fr gl hr hu id it ja ko nl pl pt pt-br ro ru sl sr sv tr uk vi zh-cn",
         "gnome-user-docs",
         r"usr/share/help/{locale}/(.+)\.page",
         "CC-BY-SA-3.0 (GNOME user documentation)",
@@ -121,7 +122,7 @@ FAMILIES = (
     Family(
         "handbook",
         "debian-handbook",
-        "ca cs da de el en es fr hr id it ja ko nb nl pl pt-br ro ru sv tr vi zh-cn zh-tw",
+        "ca cs de en es fr id it ja nb nl pl pt-br ro ru sv tr vi zh-cn zh-tw",
         "debian-handbook",
         r"usr/share/doc/debian-handbook/html/{region}/(.+)\.html",
         "CC-BY-SA-3.0 or GPL-2+ (The Debian Administrator's Handbook)",
@@ -192,15 +193,18 @@ def _parse(text: str) -> tuple[str, list[str]]:
 
 
 def _packages(family: Family, language: str) -> list[str]:
-    name = family.packages.format(package=language.partition("-")[0] if language.startswith("zh") and family.name == "manpages" else language)
-    names = [family.english_packages or name if language == "en" else name]
-    return names + [f"{names[0]}-dev"] if family.name == "manpages" and language in _DEV_MAN else names
+    is_man = family.name == "manpages"
+    name = "zh" if is_man and language.startswith("zh-") else language  # one package for both scripts
+    name = family.packages.format(package=name)
+    if language == "en":
+        name = family.english_packages or name
+    return [name, f"{name}-dev"] if is_man and language in _DEV_MAN_PAGES.split() else [name]
 
 
 def _load_group(language: str, group: str, progress: bool) -> tuple[list[Document], dict[str, str]]:
     families = [f for f in FAMILIES if f.group == group and language in f.languages.split()]
     names = [name for family in families for name in _packages(family, language)]
-    folder = storage.cache_directory() / "corpora" / "debian-docs"
+    folder = storage.cache_directory().resolve() / "corpora" / "debian-docs"
     path = folder / f"{language}.{group}.jsonl"
     recipe = storage.fingerprint([EXTRACTOR_VERSION, *map(astuple, families)], 16)
     if (cached := _read_extraction(path, recipe)) is not None:
@@ -215,8 +219,7 @@ def _load_group(language: str, group: str, progress: bool) -> tuple[list[Documen
                 "n_documents": len(records),
             }
             with storage.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
-                for value in [header, *records]:
-                    handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+                handle.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in [header, *records])
             cached = _read_extraction(path, recipe)
     assert cached is not None
     return cached
@@ -242,13 +245,25 @@ def _extract(
     with tqdm(desc=title, unit=" pages", disable=not progress) as bar:
         for family in families:
             for package in _packages(family, language):
-                for name, page in _pages(family, language, archives[package]):
+                pages = dict(_pages(family, language, archives[package]))
+                if not pages:
+                    raise CorpusError(
+                        f"Package {package} {package_version(archives[package])} holds no pages where the recipe of "
+                        f"group {family.group!r} looks for language {language!r}; this release of the package is laid "
+                        f"out differently. Leave the group out. {OTHERWISE}"
+                    )
+                titles = mallard_titles(pages.values()) if family.name == "gnome-user-docs" else {}
+                for name, page in sorted(pages.items()):
                     bar.update()
-                    paragraphs = paragraphs_kept(_paragraphs_of(family, page), language)
+                    paragraphs = paragraphs_kept(_paragraphs_of(family, page, titles), language)
                     identity = f"{family.group}/{family.name}/{name}"
                     if paragraphs and identity not in records:
-                        text = "\n\n".join(paragraphs)
-                        records[identity] = {"id": identity, "source": family.group, "text": text, "licence": family.licence}
+                        records[identity] = {
+                            "id": identity,
+                            "source": family.group,
+                            "text": "\n\n".join(paragraphs),
+                            "licence": family.licence,
+                        }
     return [records[identity] for identity in sorted(records)]
 
 
@@ -265,10 +280,10 @@ def _pages(family: Family, language: str, archive: Path) -> Iterator[tuple[str, 
             yield match[1], gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
 
 
-def _paragraphs_of(family: Family, page: bytes) -> list[str]:
+def _paragraphs_of(family: Family, page: bytes, titles: dict[str, str]) -> list[str]:
     if family.name == "manpages":
         return man_paragraphs(page.decode("utf-8", errors="replace"))
-    return mallard_paragraphs(page) if family.name == "gnome-user-docs" else html_paragraphs(page)
+    return mallard_paragraphs(page, titles) if family.name == "gnome-user-docs" else html_paragraphs(page)
 
 
 def _without_repeats(documents: list[Document]) -> list[Document]:

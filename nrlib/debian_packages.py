@@ -28,12 +28,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     _require("apt-get", "dpkg-deb")
     import fcntl  # not on Windows, where apt-get is not either
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")
-    except OSError as error:
-        raise StorageError(f"Could not write to {folder}: {error.strerror}. Set NRLIB_CACHE to another folder.") from error
-    with handle:
+    make_folder(folder)
+    with open(folder / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -92,6 +88,17 @@ def read_members(archive: Path, pattern: re.Pattern[str]) -> Iterator[tuple[re.M
         raise CorpusError(f"{archive.name} in the cache was damaged and has been removed. Run the same command again.")
 
 
+def make_folder(folder: Path) -> Path:
+    """Create a folder of the cache, and those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"Could not write to {folder}: {error.strerror}. Free some space or set NRLIB_CACHE to another folder."
+        ) from error
+    return folder
+
+
 def _require(*programs: str) -> None:
     absent = [program for program in programs if shutil.which(program) is None]
     if absent:
@@ -107,8 +114,8 @@ def _kept_archive(folder: Path, name: str) -> Path | None:
 
 def _apt_get(folder: Path, *arguments: str, working_directory: Path | None = None) -> subprocess.CompletedProcess[str]:
     state, cache = folder / "apt" / "state", folder / "apt" / "cache"
-    for needed in (state / "lists" / "partial", cache / "archives" / "partial"):
-        needed.mkdir(parents=True, exist_ok=True)
+    make_folder(state / "lists" / "partial")
+    make_folder(cache / "archives" / "partial")
     options = {
         "Dir::State": state,
         "Dir::State::Lists": state / "lists",
@@ -123,7 +130,12 @@ def _apt_get(folder: Path, *arguments: str, working_directory: Path | None = Non
     command = ["apt-get", "-q", *(part for key, value in options.items() for part in ("-o", f"{key}={value}"))]
     environment = os.environ | {"LC_ALL": "C", "LANGUAGE": "C"}
     return subprocess.run(
-        [*command, *arguments], cwd=working_directory or folder, env=environment, capture_output=True, text=True
+        [*command, *arguments],
+        cwd=working_directory or folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -156,12 +168,8 @@ def _offer(name: str, folder: Path, purpose: str, problem: str) -> tuple[str, in
 def _download(name: str, file_name: str, folder: Path) -> Path:
     partial, kept = folder / "partial", folder / "packages"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed; the lock is ours
-    try:
-        partial.mkdir(parents=True)
-        kept.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"Could not write to {folder}: {error.strerror}. Free some space, run again.") from error
-    done = _apt_get(folder, "download", name, working_directory=partial)
+    make_folder(kept)
+    done = _apt_get(folder, "download", name, working_directory=make_folder(partial))
     archive = partial / file_name
     if done.returncode != 0 or not archive.exists():
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]

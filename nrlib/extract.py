@@ -13,7 +13,7 @@ from typing import Literal
 
 from lxml import etree, html
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2
 """Raise it whenever the text that comes out changes: cached extractions of another version are made anew."""
 
 MIN_COLUMNS = 40
@@ -30,25 +30,34 @@ _CJK = "\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef"
 _SPACE_IN_CJK = re.compile(f"(?<=[{_CJK}]) (?=[{_CJK}])")
 _BULLET = re.compile(r"^(?:[-*•·◦▪‣→–—]\s+)+")
 _WORD = re.compile(r"[^\W\d_]+")
-_ENGLISH = frozenset(
+_SPACE_BEFORE_STOP = re.compile(r"(?<=[\w)\]»”]) \.$")
+# A comment of a Basic program, the signature of a method: marked up as paragraphs in LibreOffice's help.
+_CODE = re.compile(r"'\s?\w|[\w.]+\.\w+\(")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ENGLISH = _words(
     "the of and is are this that with which from by be has have will when if not you your can it its for to or as an "
-    "was does should must may but these there than been were".split()
+    "was does should must may but these there than been were using"
 )
 # Words of the list above that other languages of the recipes spell alike: not evidence of English there.
-_SPELT_ALIKE = frozenset("of is for by to an or as can may be was but has it have were".split())
+_SPELT_ALIKE = _words("of is for by to an or as can may be was but has it have were")
 
 
 def normalise(text: str) -> str:
     """One line of NFC text: every run of white space, no-break spaces included, becomes one plain space."""
     text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
     text = "".join(c if c >= " " and c != "\x7f" else " " for c in text) if not text.isprintable() else text
-    return _SPACE_IN_CJK.sub("", " ".join(text.split()))
+    return _SPACE_BEFORE_STOP.sub(".", _SPACE_IN_CJK.sub("", " ".join(text.split())))
 
 
 def is_prose(text: str) -> bool:
     """Whether normalised `text` is long enough and consists of words rather than of code, key names or references."""
     n_wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text) if not text.isascii() else 0
-    if len(text) + n_wide < MIN_COLUMNS:
+    if len(text) + n_wide < MIN_COLUMNS or _CODE.match(text):
         return False
     n_letters = sum(c.isalpha() or unicodedata.category(c)[0] == "M" for c in text)
     n_visible = len(text) - text.count(" ")
@@ -60,9 +69,7 @@ def is_english(text: str) -> bool:
     """Whether a paragraph of a translated page was plainly left in English (a stop-word test)."""
     words = [word.lower() for word in _WORD.findall(text)]
     found = [word for word in words if word in _ENGLISH]
-    if len(found) < 0.1 * len(words) or not found:
-        return False
-    return len(set(found) - _SPELT_ALIKE) >= 1 and (len(set(found)) >= 2 or len(found) >= 0.15 * len(words))
+    return len(found) >= 0.1 * len(words) and not _SPELT_ALIKE.issuperset(found)
 
 
 def paragraphs_kept(paragraphs: Iterable[str], language: str) -> list[str]:
@@ -111,17 +118,17 @@ def _name(element: etree._Element) -> str:
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
-_HTML_GONE = frozenset("script style img input button label noscript svg object meta link".split())
-_HTML_GAP = frozenset("h1 h2 h3 h4 h5 h6 head header footer nav aside pre dt hr caption thead th title select".split())
-_HTML_BREAK = frozenset(
-    "p div li ul ol dl dd table tbody tr td blockquote section article main body center details summary br".split()
+_HTML_GONE = _words("script style img input button label noscript svg object meta link")
+_HTML_GAP = _words("h1 h2 h3 h4 h5 h6 head header footer nav aside pre dt hr caption thead th title select")
+_HTML_BREAK = _words(
+    "p div li ul ol dl dd table tbody tr td blockquote section article main body center details summary br"
 )
 # Per tool that made the pages: DocBook and Publican, Sphinx, LibreOffice.
-_HTML_CLASS_GONE = frozenset(
+_HTML_CLASS_GONE = _words(
     "navheader navfooter toc list-of-tables list-of-figures titlepage title docnav url footnotes cmdsynopsis synopsis "
     "longdesc-link programlisting screen literallayout authorgroup legalnotice revhistory copyright "
     "related sphinxsidebar footer clearer headerlink highlight toctree-wrapper index "
-    "howtoget relatedtopics bascode bug iconcell".split()
+    "howtoget relatedtopics bascode bug iconcell"
 )
 _HTML_ID_GONE = frozenset(("banner", "title", "searchbox"))
 
@@ -136,7 +143,7 @@ def html_paragraphs(page: bytes) -> list[str]:
 
 def _html_role(element: etree._Element) -> Role:
     name = element.tag
-    if name in _HTML_GONE or (name == "sup" and element.find("a") is not None) or _is_other_case(element):
+    if name in _HTML_GONE or _is_footnote_mark(element) or _is_other_case(element):
         return "drop"
     classes = element.get("class")
     if name in _HTML_GAP or (classes and not _HTML_CLASS_GONE.isdisjoint(classes.split())):
@@ -144,6 +151,11 @@ def _html_role(element: etree._Element) -> Role:
     if element.get("id") in _HTML_ID_GONE:
         return "gap"
     return "break" if name in _HTML_BREAK else "inline"
+
+
+def _is_footnote_mark(element: etree._Element) -> bool:
+    classes = (element.get("class") or "").split()
+    return "footnote" in classes or "footnote-reference" in classes or (element.tag == "sup" and "para" in classes)
 
 
 def _is_other_case(element: etree._Element) -> bool:
@@ -158,17 +170,43 @@ def _is_other_case(element: etree._Element) -> bool:
 
 # --- Mallard ----------------------------------------------------------------------------------------------------------
 
-_MALLARD_INLINE = frozenset(
-    "em gui guiseq app key keyseq link span file cmd sys input output var code tt b i if choose when else".split()
+_MALLARD_INLINE = _words(
+    "em gui guiseq app key keyseq link span file cmd sys input output var code tt b i if choose when else"
 )
-_MALLARD_GONE = frozenset("info title subtitle desc links screen media figure comment thead credit cite".split())
+_MALLARD_GONE = _words("info title subtitle desc links screen media figure comment thead credit cite")
 
 
-def mallard_paragraphs(page: bytes) -> list[str]:
-    """Paragraphs of a Mallard page (GNOME's help), still to be passed to `paragraphs_kept`."""
+def mallard_titles(pages: Iterable[bytes]) -> dict[str, str]:
+    """The titles of pages and, as `page#section`, of sections: what a link without a text of its own shows."""
+    titles = {}
+    for page in pages:
+        root = _mallard_root(page)
+        for title in () if root is None else root.iterfind(".//{*}title"):
+            owner = title.getparent()
+            if owner is not None and _name(owner) in ("page", "section") and owner.get("id"):
+                key = owner.get("id", "") if owner is root else f"{root.get('id')}#{owner.get('id')}"
+                titles[key] = "".join(title.itertext())
+    return titles
+
+
+def mallard_paragraphs(page: bytes, titles: dict[str, str] | None = None) -> list[str]:
+    """Paragraphs of a Mallard page (GNOME's help), still to be passed to `paragraphs_kept`; `titles` of the pages it
+    links to come from `mallard_titles`."""
+    root = _mallard_root(page)
+    if root is None:
+        return []
+    for link in root.iter("{*}link"):
+        if not len(link) and not link.text:
+            target = link.get("xref", "")
+            known = titles or {}
+            link.text = known.get(target) or known.get(target.partition("#")[0]) or link.get("href", "")
+    found = _walk(root, _mallard_role, {"keyseq": "+", "guiseq": " - "})
+    return [re.sub(r" \(\s*\)", "", paragraph) for paragraph in found]  # what an icon stood in
+
+
+def _mallard_root(page: bytes) -> etree._Element | None:
     parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, recover=True)
-    root = etree.fromstring(page, parser=parser)
-    return [] if root is None else _walk(root, _mallard_role, {"keyseq": "+", "guiseq": " - "})
+    return etree.fromstring(page, parser=parser)
 
 
 def _mallard_role(element: etree._Element) -> Role:

@@ -37,7 +37,7 @@ def parse_hub(rest: str) -> HubSpec:
             f"[#<megabytes>MB] (default {DEFAULT_HUB_LIMIT}), e.g. hub:HuggingFaceFW/fineweb-2:fra_Latn#20000."
         )
     dataset, config, revision, limit = match.groups()
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset)
     if not is_name and not Path(dataset).expanduser().is_dir():
         raise CorpusError(f"hub:{rest}: '{dataset}' is neither a dataset's name (owner/name) nor a folder here.")
     return HubSpec(dataset, config, revision, limit or DEFAULT_HUB_LIMIT)

@@ -9,28 +9,63 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_FONT_JOINED = frozenset("BI BR IB IR RB RI FN".split())  # arguments follow each other without a space
-_FONT_SPACED = frozenset("B I SM SB R".split())
-_BREAK = frozenset("PP P LP sp HP RS RE SS br in ti bp Sp Pp Bl El TQ INDENT UNINDENT ce fi EE nop".split())
-_TAGGED = frozenset("TP TQ".split())  # the next line is the term that is explained, not prose
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FONT_JOINED = _words("BI BR IB IR RB RI FN")  # arguments follow each other without a space
+_FONT_SPACED = _words("B I SM SB R")
+_BREAK = _words("PP P LP sp HP RS RE SS br in ti bp Sp Pp Bl El TQ INDENT UNINDENT ce fi EE nop")
+_TAGGED = _words("TP TQ")  # the next line is the term that is explained, not prose
 _BLOCK_END = {
     "nf": ("fi",), "EX": ("EE",), "Vb": ("Ve",), "TS": ("TE",), "EQ": ("EN",), "PS": ("PE",), "SY": ("YS",),
     "Bd": ("Ed",), "de": (".",), "de1": (".",), "am": (".",), "ig": (".",),
 }  # fmt: skip
-_MDOC_INLINE = frozenset("Ar Ad An Cm Dv Em Er Ev Fa Fn Ft Ic Li Nm No Pa Sy Tn Va Vt Fl Xr Dq Sq Aq Op Ql Lk".split())
+_MDOC_INLINE = _words("Ar Ad An Cm Dv Em Er Ev Fa Fn Ft Ic Li Nm No Pa Sy Tn Va Vt Fl Xr Dq Sq Aq Op Ql Lk")
 _MDOC_QUOTES = {"Dq": "“”", "Sq": "‘’", "Ql": "‘’", "Aq": "<>", "Op": "[]"}
 
-# Sections that hold no prose (the synopsis), or the same few sentences on each page (who made and translated it).
+# Sections that hold no prose (name, synopsis, references), or the same sentences on each page (who made, sells,
+# mends or translated it), in the languages of the recipes.
 SKIPPED_SECTIONS = frozenset(
-    name.casefold()
-    for name in (
-        "NAME|SYNOPSIS|SEE ALSO|COLOPHON|COPYRIGHT|AUTHOR|AUTHORS|REPORTING BUGS|LICENSE|TRANSLATION|LIBRARY|ATTRIBUTES|"
-        "NOM|VOIR AUSSI|TRADUCTION|AUTEUR|AUTEURS|SIGNALER DES BOGUES|SIGNALEMENTS DE BOGUES|BIBLIOTHÈQUE|ATTRIBUTS|"
-        "DROIT D’AUTEUR et LICENCE|LICENCE|DROITS D'AUTEUR|DROITS D’AUTEUR|PAGE D'ACCUEIL"
-    ).split("|")
+    name.strip().casefold()
+    for names in (
+        "NAME|SYNOPSIS|SEE ALSO|COLOPHON|COPYRIGHT|AUTHOR|AUTHORS|REPORTING BUGS|LICENSE|TRANSLATION|LIBRARY|ATTRIBUTES",
+        "NOM|VOIR AUSSI|TRADUCTION|AUTEUR|AUTEURS|SIGNALER DES BOGUES|SIGNALEMENTS DE BOGUES|BIBLIOTHÈQUE|ATTRIBUTS",
+        "DROIT D’AUTEUR ET LICENCE|LICENCE|DROITS D'AUTEUR|DROITS D’AUTEUR|PAGE D'ACCUEIL|DISPONIBILITÉ",
+        "ÜBERSETZUNG|BEZEICHNUNG|ÜBERSICHT|SIEHE AUCH|AUTOR|AUTOREN|FEHLER MELDEN|KOLOPHON|VERFÜGBARKEIT|ATTRIBUTE",
+        "TRADUCCIÓN|NOMBRE|SINOPSIS|VÉASE TAMBIÉN|AUTORES|INFORMAR DE ERRORES|COLOFÓN|DISPONIBILIDAD|MARCAS REGISTRADAS",
+        "TRADUZIONE|NOME|SINTASSI|VEDERE ANCHE|AUTORE|AUTORI|SEGNALAZIONE BUG|COLOPHON|TRADUÇÃO|SINOPSE|VEJA TAMBÉM",
+        "RELATANDO PROBLEMAS|DIREITOS AUTORAIS|VERTALING|NAAM|SAMENVATTING|ZIE OOK|RAPPORTEREN VAN BUGS",
+        "TŁUMACZENIE|NAZWA|SKŁADNIA|ZOBACZ TAKŻE|AUTORZY|ZGŁASZANIE BŁĘDÓW|PRAWA AUTORSKIE|DOSTĘPNOŚĆ|ATRYBUTY",
+        "PŘEKLAD|POUŽITÍ|JMÉNO|DALŠÍ INFORMACE|HLÁŠENÍ CHYB|TIRÁŽ|OVERSÆTTELSE|NAVN|SE OGSÅ|FEJLRAPPORTER|FORFATTER",
+        "FORFATTERE|OPHAVSRET|VAREMÆRKER|ÖVERSÄTTNING|SE ÄVEN|NAMN|RAPPORTERA FEL|UPPHOVSMAN|KÄÄNNÖS|NIMI|YLEISKATSAUS",
+        "KATSO MYÖS|TEKIJÄNOIKEUDET|TEKIJÄ|TEKIJÄT|VIRHEISTÄ ILMOITTAMINEN|NÉV|FORDÍTÁS|LÁSD MÉG|ÖSSZEGZÉS|SZERZŐ|SZERZŐI",
+        "HIBÁK JELENTÉSE|SZERZŐI JOG|TERJEMAHAN|NAMA|LIHAT JUGA|RINGKASAN|PENGARANG|PENULIS|MELAPORKAN BUG|HAK CIPTA",
+        "VEDEȚI ȘI|TRADUCERE|NUME|REZUMAT|RAPORTĂ O EROARE|İSİM|ÇEVİREN|KULLANIM|İLGİLİ BELGELER|YAZAN|GERİBİLDİRİM",
+        "TELİF HAKKI|XEM THÊM|TÓM TẮT|TÊN|DỊCH|THÔNG BÁO LỖI|TÁC GIẢ|BẢN QUYỀN|ΣΥΓΓΡΑΦΕΑΣ|ΟΝΟΜΑ|ΜΕΤΑΦΡΑΣΗ|ΔΕΙΤΕ ΕΠΙΣΗΣ",
+        "ΑΝΑΦΟΡΑ ΣΦΑΛΜΑΤΟΣ|ПЕРЕВОД|ИМЯ|СИНТАКСИС|ОБЗОР|СМ. ТАКЖЕ|АВТОР|АВТОРЫ|АВТОРСКИЕ ПРАВА|ИНФОРМАЦИЯ ОБ ОШИБКАХ",
+        "ПЕРЕКЛАД|НАЗВА|КОРОТКИЙ ОПИС|ДИВ. ТАКОЖ|ЗВІТИ ПРО ВАДИ|АВТОРИ|АВТОРСЬКІ ПРАВА|ДОСТУПНІСТЬ|ТОРГОВА МАРКА",
+        "名前|名称|書式|関連項目|この文書について|著者|作者|著作権|バグ報告|入手方法|翻訳者謝辞|跋|概述|总览|總覽|参见|參見",
+        "译者|譯者|[中文版最新更新]|[中文版维护人]|[中文版維護人]|NAME 名称|SEE ALSO 参见|SEE ALSO 參見|SYNOPSIS 总览",
+        "《中国 Linux 论坛 man 手册页翻译计划》:|《中國 Linux 論壇 man 手冊頁翻譯計劃》:|总览 SYNOPSIS|總覽 SYNOPSIS",
+    )
+    for name in names.split("|")
 )
 
-_SIMPLE = {"-": "-", "e": "\\", "\\": "\\", "'": "'", "`": "`", "~": " ", " ": " ", "0": " ", "t": " ", ".": ".", "_": "_"}
+_SIMPLE = {
+    "-": "-",
+    "e": "\\",
+    "\\": "\\",
+    "'": "'",
+    "`": "`",
+    "~": " ",
+    " ": " ",
+    "0": " ",
+    "t": " ",
+    ".": ".",
+    "_": "_",
+}
 _NAMED = {
     "aq": "'", "dq": '"', "lq": "“", "rq": "”", "oq": "‘", "cq": "’", "bq": "‚", "Bq": "„", "Fo": "«", "Fc": "»",
     "fo": "‹", "fc": "›", "em": "—", "en": "–", "hy": "-", "mi": "−", "pl": "+", "eq": "=", "rs": "\\", "ha": "^",
@@ -171,7 +206,7 @@ class _Page:
         self._is_tag_next = False
         title = decode(" ".join(_arguments(heading))).strip()
         self._is_heading_next = not title
-        self._is_section_kept = title.casefold() not in SKIPPED_SECTIONS
+        self._is_section_kept = " ".join(title.split()).casefold() not in SKIPPED_SECTIONS
 
     def _request(self, name: str, rest: str) -> None:
         if name in ("SH", "Sh"):

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .architecture import count_weights
-from .backbone import checkpoint_hooks, delete_checkpoint, get_backbone
+from .backbone import backbone_shape, checkpoint_hooks, delete_checkpoint, get_backbone
 from .batches import MixedBatches
 from .config import RunConfig
+from .corpora import check_spec
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
 from .methods import apply_method, count_extra_weights
@@ -29,8 +30,25 @@ def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True)
     return record
 
 
+def check_run(config: RunConfig) -> None:
+    """Everything about a run that can be checked before any work: corpora by name, layers and budget on a model without
+    weights.
+
+    Raises
+    ------
+    ConfigError, CorpusError, BackboneError
+        In words: what was given, what is allowed, what to do.
+    """
+    for spec in (config.data.original, config.data.proxy, config.data.unseen_original, config.data.new_domain):
+        if spec:
+            check_spec(spec)
+    _n_steps(config)
+    apply_method(backbone_shape(config), config.method, config.seed)
+
+
 def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
     """Train and measure, without storing the result."""
+    check_run(config)
     text = prepare_text(config.data, config.backbone, progress)
     backbone = get_backbone(config, text, progress)
     n_backbone = count_weights(backbone)
@@ -60,17 +78,11 @@ def extend(
 ) -> tuple[nn.Module, TrainingState]:
     """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
     c, method = config.training, config.method
-    n_steps = c.n_tokens // (c.batch_size * c.context_length)
-    if n_steps < 1:
-        raise ConfigError(
-            f"n_tokens = {c.n_tokens} is less than one batch of batch_size = {c.batch_size} sequences of "
-            f"context_length = {c.context_length} ({c.batch_size * c.context_length} tokens). Train for longer."
-        )
     batches = MixedBatches(
         text.new,
         text.proxy,
         mix_ratio=c.mix_ratio,
-        n_steps=n_steps,
+        n_steps=_n_steps(config),
         batch_size=c.batch_size,
         context_length=c.context_length,
         seed=config.seed,
@@ -92,6 +104,17 @@ def extend(
         progress=progress,
     )
     return model, state
+
+
+def _n_steps(config: RunConfig) -> int:
+    c = config.training
+    tokens_per_step = c.batch_size * c.context_length
+    if c.n_tokens < tokens_per_step:
+        raise ConfigError(
+            f"n_tokens = {c.n_tokens} is less than one batch of batch_size = {c.batch_size} sequences of "
+            f"context_length = {c.context_length} ({tokens_per_step} tokens). Train for longer."
+        )
+    return c.n_tokens // tokens_per_step
 
 
 def backbone_metrics(config: RunConfig, text: PreparedText) -> dict[str, float]:

@@ -1,0 +1,85 @@
+"""The arms of each notebook's experiment: what is varied, and what is held fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .config import FIXED_BY_METHOD, METHODS, POSITIONS, SITES, RunConfig, make_config
+
+# Each method at its best learning rate: chosen on the validation text in the notebook `methods`; a test holds this table
+# against the published records.
+TUNED_LEARNING_RATES: dict[str, dict[str, float]] = {
+    "smoke": {"fine_tuning": 1e-2, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
+    "laptop": {"fine_tuning": 2e-3, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
+}
+
+# Gates with the local losses that make sense for them, as in the paper's comparison of gates.
+GATES_AND_LOSSES = (("relu", "l1"), ("elu", "l1"), ("none", "l1"), ("sigmoid", "l1"), ("sigmoid", "domain_cross_entropy"))
+
+
+def tuned_learning_rate(profile: str, method: str) -> float:
+    """The learning rate a method is best at on a profile; the profile's default where it was not tuned."""
+    default = make_config(profile).training.learning_rate
+    return TUNED_LEARNING_RATES.get(profile, {}).get(method, default)
+
+
+def arm(profile: str, method: str, **changes: Any) -> RunConfig:
+    """One run at the method's tuned learning rate; changes a method has no use for are left out."""
+    fixed = FIXED_BY_METHOD[method]
+    used = {name: value for name, value in changes.items() if name not in fixed}
+    return make_config(profile, method=method, **{"learning_rate": tuned_learning_rate(profile, method), **used})
+
+
+def references(profile: str, seeds: Sequence[int], **changes: Any) -> list[RunConfig]:
+    """Fine-tuning at its tuned rate, to which learning is relative."""
+    return [arm(profile, "fine_tuning", seed=seed, **changes) for seed in seeds]
+
+
+def methods(
+    profile: str, learning_rates: Sequence[float], seeds: Sequence[int], **changes: Any
+) -> list[RunConfig]:
+    """Every method at every learning rate and seed, with an equal budget of extra weights."""
+    return [
+        arm(profile, method, learning_rate=rate, seed=seed, **changes)
+        for method in METHODS
+        for rate in learning_rates
+        for seed in seeds
+    ]
+
+
+def gate_sparsity(
+    profile: str, local_loss_weights: Sequence[float], seeds: Sequence[int], **changes: Any
+) -> list[RunConfig]:
+    """Gates and local losses at every local-loss weight. At weight 0 the local losses coincide: one run for each gate."""
+    arms = {}
+    for gate, local_loss in GATES_AND_LOSSES:
+        for weight in local_loss_weights:
+            for seed in seeds:
+                loss = {"local_loss": local_loss if weight > 0 else "none", "local_loss_weight": weight}
+                config = arm(profile, "neutral_residues", gate=gate, seed=seed, **loss, **changes)
+                arms[config.run_id] = config
+    return list(arms.values())
+
+
+def data_mixing(
+    profile: str, mix_ratios: Sequence[float], methods: Sequence[str], seeds: Sequence[int], **changes: Any
+) -> list[RunConfig]:
+    """Methods at every share of original-domain sequences in the training data."""
+    return [
+        arm(profile, method, mix_ratio=ratio, seed=seed, **changes)
+        for method in methods
+        for ratio in mix_ratios
+        for seed in seeds
+    ]
+
+
+def adapter_placement(profile: str, layers: Sequence[str], seeds: Sequence[int], **changes: Any) -> list[RunConfig]:
+    """Every position and site with every choice of layers, all at the same number of extra weights."""
+    return [
+        arm(profile, "neutral_residues", position=position, site=site, layers=choice, seed=seed, **changes)
+        for position in POSITIONS
+        for site in SITES
+        for choice in layers
+        for seed in seeds
+    ]

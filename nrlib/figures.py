@@ -1,0 +1,170 @@
+"""The figures of the notebooks. The only module that imports matplotlib; every seed is a point, colour never speaks
+alone, and nothing is drawn that is not in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+LABELS = {
+    "fine_tuning": "fine-tuning", "lora": "LoRA", "vanilla_adapter": "vanilla adapter",
+    "neutral_residues": "neutral residues", "unseen_original": "original domain, not in the proxy",
+    "proxy": "original domain, proxy", "new": "new domain",
+}  # fmt: skip
+_PALETTE = sns.color_palette("colorblind")
+METHOD_STYLE = {
+    "fine_tuning": (_PALETTE[3], "s"), "lora": (_PALETTE[1], "^"),
+    "vanilla_adapter": (_PALETTE[2], "D"), "neutral_residues": (_PALETTE[0], "o"),
+}  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 11}
+
+
+def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure:
+    """Learning against forgetting by method: all runs faint, those at the best learning rate solid, each seed a point.
+
+    Better is right and down. Lines join the means of one method's learning rates, from the lowest rate to the highest.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+        for method, group in table.groupby("method", observed=True):
+            color, marker = METHOD_STYLE[method]
+            means = group.groupby("learning_rate")[["learning", "forgetting"]].mean()
+            axes.plot(means["learning"], means["forgetting"], color=color, alpha=0.4, linewidth=1, zorder=1)
+            axes.scatter(group["learning"], group["forgetting"], color=color, marker=marker, s=22, alpha=0.3, zorder=2)
+            chosen = best[best["method"] == method]
+            axes.scatter(
+                chosen["learning"], chosen["forgetting"], color=color, marker=marker, s=75, edgecolor="white",
+                label=LABELS[method], zorder=3,
+            )  # fmt: skip
+            centre = chosen[["learning", "forgetting"]].mean()
+            axes.annotate(
+                LABELS[method], centre, xytext=(8, 7), textcoords="offset points", color=color, fontweight="bold"
+            )
+        _percent(axes, x=True, y=True)
+        axes.set_yscale("symlog", linthresh=0.02)
+        axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
+        axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
+        axes.set_ylabel("forgetting on the original domain\n(down is better)")
+    return figure
+
+
+def learning_curves(curves: pd.DataFrame) -> Figure:
+    """Validation bits per byte over training tokens, one panel a domain, one thin line a seed."""
+    panels = {"new_validation": "new domain", "unseen_original_validation": "original domain"}
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
+        for ax, (column, title) in zip(axes, panels.items(), strict=True):
+            for method, group in curves.groupby("method", observed=True):
+                color, marker = METHOD_STYLE[str(method)]
+                for index, (_, line) in enumerate(group.groupby("run_id")):
+                    ax.plot(
+                        line["n_tokens"] / 1e3, line[f"bits_per_byte_{column}"], color=color, marker=marker,
+                        markersize=4, alpha=0.7, linewidth=1.2, label=LABELS[str(method)] if index == 0 else None,
+                    )  # fmt: skip
+            ax.set_xlabel("training tokens (thousands)")
+            ax.set_ylabel(f"bits per byte, {title}")
+        axes[0].legend(frameon=False)
+    return figure
+
+
+def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figure:
+    """Forgetting and learning against a dose (a local-loss weight, a mix ratio), one line of means for each `by`."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(8.8, 4.0), layout="constrained")
+        doses = sorted(table[dose].unique())
+        position = {value: index for index, value in enumerate(doses)}  # evenly spaced: 0 has no place on a log axis
+        for ax, metric in zip(axes, ("forgetting", "learning"), strict=True):
+            for index, (name, group) in enumerate(table.groupby(by, observed=True, sort=False)):
+                color, marker = METHOD_STYLE.get(str(name), (_PALETTE[index], _MARKERS[index]))
+                means = group.groupby(dose)[metric].mean()
+                ax.plot([position[v] for v in means.index], means, color=color, linewidth=1.5)
+                ax.scatter(
+                    group[dose].map(position), group[metric], color=color, marker=marker, s=30, edgecolor="white",
+                    linewidth=0.5, label=LABELS.get(str(name), str(name)), zorder=3,
+                )  # fmt: skip
+            ax.set_xticks(range(len(doses)), [f"{value:g}" for value in doses])
+            ax.set_xlabel(xlabel)
+            ax.set_ylabel(f"{metric} ({'down' if metric == 'forgetting' else 'up'} is better)")
+            _percent(ax, y=True)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
+    """Mean residue (or gate) of each layer on original-domain and new-domain text, one line a local-loss weight."""
+    texts = [name for name in ("unseen_original", "proxy", "new") if name in set(gates["text"])]
+    weights = sorted(gates["local_loss_weight"].unique())
+    colors = sns.color_palette("viridis", len(weights))
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, len(texts), figsize=(9, 3.4), layout="constrained", sharey=True)
+        for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
+            for weight, color, marker in zip(weights, colors, _MARKERS, strict=False):
+                chosen = gates[(gates["text"] == text) & (gates["local_loss_weight"] == weight)]
+                means = chosen.groupby("layer")[value].mean()
+                ax.plot(means.index, means, color=color, marker=marker, label=f"{weight:g}")
+            ax.set_xticks(sorted(gates["layer"].unique()))
+            ax.set_xlabel("layer")
+            ax.annotate(LABELS[text], (0.02, 1.02), xycoords="axes fraction", fontsize=10)
+        first = np.atleast_1d(axes)[0]
+        first.set_ylabel("mean ‖residue‖₁ / D" if value == "mean_residue" else "share of open gates")
+        if value == "mean_residue":
+            first.set_yscale("log")
+        figure.legend(
+            *first.get_legend_handles_labels(), title="local-loss weight", loc="outside right center", frameon=False
+        )
+    return figure
+
+
+def placement_map(table: pd.DataFrame) -> Figure:
+    """Forgetting and learning of every placement, one row a placement, each seed a point, the mean a bar."""
+    table = table.assign(placement=table["site"] + ", " + table["position"] + ", " + table["layers"])
+    order = table.groupby("placement")["learning"].mean().sort_values().index
+    place = {name: index for index, name in enumerate(order)}
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 0.33 * len(order) + 1.2), layout="constrained", sharey=True)
+        for ax, metric in zip(axes, ("learning", "forgetting"), strict=True):
+            for index, (site, group) in enumerate(table.groupby("site")):
+                ax.scatter(
+                    group[metric], group["placement"].map(place), color=_PALETTE[index], marker=_MARKERS[index],
+                    s=32, edgecolor="white", linewidth=0.5, label=f"beside {site.replace('ffn', 'the FFN')}", zorder=3,
+                )  # fmt: skip
+            means = table.groupby("placement")[metric].mean()
+            ax.scatter(means, [place[name] for name in means.index], marker="|", s=160, color="black", zorder=2)
+            ax.set_xlabel(f"{metric} ({'left' if metric == 'forgetting' else 'right'} is better)")
+            _percent(ax, x=True)
+        axes[0].set_yticks(range(len(order)), order)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_original", "proxy", "new")) -> Figure:
+    """Bits per byte of each held-out text for the backbone and each model: one row a text, one marker a model."""
+    with plt.rc_context(_STYLE):
+        figure, ax = plt.subplots(figsize=(7.2, 2.8), layout="constrained")
+        for offset, (name, row) in zip(np.linspace(0.2, -0.2, len(table)), table.iterrows(), strict=True):
+            color, marker = METHOD_STYLE.get(str(name), ("black", "|"))
+            ax.scatter(
+                [row[text] for text in texts], np.arange(len(texts)) + offset, color=color, marker=marker, s=70,
+                label=LABELS.get(str(name), str(name)),
+            )  # fmt: skip
+        ax.set_yticks(range(len(texts)), [LABELS[text] for text in texts])
+        ax.set_xlabel("bits per byte (left is better)")
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
+    if x:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if y:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g} %"))

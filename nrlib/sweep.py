@@ -1,0 +1,201 @@
+"""Many runs: records are loaded, missing ones trained in parallel. One arm's failure does not stop the others, and a
+sweep that was killed continues where it stood."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from .backbone import get_backbone
+from .config import RunConfig
+from .errors import NrlibError
+from .machine import pick_device
+from .records import Record, load_record
+from .runs import check_run, run, run_or_load
+from .storage import project_directory
+from .texts import prepare_text
+
+N_TRIES = 2  # a worker killed from outside (out of memory, say) takes its pool along; the rest gets a new pool
+
+# Two busy OpenMP pools that wait actively starve each other five- to tenfold; workers get one thread and wait passively.
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+
+
+class SweepError(NrlibError):
+    """Some arms failed; the records of the others are stored."""
+
+
+def sweep(
+    configs: Sequence[RunConfig],
+    *,
+    notebook: str = "",
+    n_workers: int | None = None,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> list[Record]:
+    """The records of `configs`, in their order; what is not stored is trained.
+
+    Parameters
+    ----------
+    notebook : name of the experiment, written into new records.
+    n_workers : processes, one thread each; default one a core. Ignored with an executor.
+    executor : any `concurrent.futures.Executor`, for example Dask's; default a process pool on this machine.
+
+    Raises
+    ------
+    SweepError
+        When arms failed, after all others have finished and are stored.
+    """
+    arms = {config.run_id: config for config in configs}
+    records = {run_id: record for run_id, config in arms.items() if (record := load_record(config)) is not None}
+    missing = [config for run_id, config in arms.items() if run_id not in records]
+    n_loaded, failures = len(records), {}
+    for config in missing:
+        check_run(config)
+    if missing:
+        _prepare(missing, progress)
+        bar = tqdm(total=len(arms), initial=n_loaded, desc=f"runs {notebook}".strip(), unit="run", disable=not progress)
+        for run_id, outcome in _outcomes(missing, notebook, n_workers, executor):
+            if isinstance(outcome, Record):
+                records[run_id] = outcome
+            else:
+                failures[run_id] = outcome
+            bar.update()
+            bar.set_postfix_str(f"{len(failures)} failed" if failures else run_id)
+        bar.close()
+    counts = {"loaded": n_loaded, "trained": len(missing) - len(failures), "failed": len(failures)}
+    _write_counts({"notebook": notebook, **counts})
+    print(f"{n_loaded} runs loaded, {counts['trained']} trained" + (f", {len(failures)} failed" if failures else ""))
+    if failures:
+        lines = "\n".join(f"  {run_id}: {type(error).__name__}: {error}" for run_id, error in failures.items())
+        raise SweepError(
+            f"{len(failures)} of {len(arms)} runs failed; the other records are stored, and running the same command "
+            f"again repeats only these:\n{lines}"
+        )
+    return [records[config.run_id] for config in configs]
+
+
+def _prepare(configs: Sequence[RunConfig], progress: bool) -> None:
+    """Text and backbones once, here, with all threads, instead of once in every worker."""
+    for config in {(c.data, c.backbone, c.training.context_length, c.training.precision): c for c in configs}.values():
+        get_backbone(config, prepare_text(config.data, config.backbone, progress), progress)
+
+
+def _outcomes(
+    configs: Sequence[RunConfig], notebook: str, n_workers: int | None, executor: Executor | None
+) -> Iterator[tuple[str, Record | Exception]]:
+    if executor is not None:
+        yield from _submit(executor, configs, notebook)
+        return
+    n_workers = min(n_workers or _default_workers(), len(configs))
+    if n_workers == 1:
+        for config in configs:
+            yield config.run_id, _run_here(config, notebook)
+        return
+    waiting = {config.run_id: config for config in configs}
+    for attempt in range(N_TRIES):
+        with _worker_environment(), _pool(n_workers) as pool:
+            for run_id, outcome in _submit(pool, list(waiting.values()), notebook):
+                if isinstance(outcome, BrokenProcessPool) and attempt + 1 < N_TRIES:
+                    continue
+                del waiting[run_id]
+                yield run_id, outcome
+        if not waiting:
+            return
+
+
+def _submit(
+    executor: Executor, configs: Sequence[RunConfig], notebook: str
+) -> Iterator[tuple[str, Record | Exception]]:
+    futures: dict[Future[Record], str] = {}
+    try:
+        for config in configs:
+            futures[executor.submit(run_or_load, config, notebook=notebook, progress=False)] = config.run_id
+    except BrokenProcessPool as error:
+        submitted = set(futures.values())
+        yield from ((config.run_id, error) for config in configs if config.run_id not in submitted)
+    for future in as_completed(futures):
+        error = future.exception()
+        yield futures[future], future.result() if error is None else _as_exception(error)
+
+
+def _run_here(config: RunConfig, notebook: str) -> Record | Exception:
+    try:
+        return run_or_load(config, notebook=notebook)
+    except Exception as error:
+        return error
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+
+def _default_workers() -> int:
+    return 1 if pick_device().type != "cpu" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+
+
+def _pool(n_workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")  # fork would copy a process whose threads already run
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+@contextmanager
+def _worker_environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+    os.environ.update(WORKER_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _counts_path() -> Path:
+    return Path(os.environ.get("NRLIB_COUNTS") or project_directory() / "build" / "runs.jsonl")
+
+
+def _write_counts(counts: dict[str, Any]) -> None:
+    path = _counts_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(counts) + "\n")
+
+
+def read_counts() -> dict[str, int]:
+    """Runs loaded, trained and failed since the counts were last deleted."""
+    totals = {"loaded": 0, "trained": 0, "failed": 0}
+    if _counts_path().exists():
+        for line in _counts_path().read_text(encoding="utf-8").splitlines():
+            counts = json.loads(line)
+            totals = {key: value + counts[key] for key, value in totals.items()}
+    return totals
+
+
+def reproduce(records: Sequence[Record], n_workers: int | None = None) -> pd.DataFrame:
+    """Train the runs of `records` again and compare: run_id, metric, published, reproduced, difference."""
+    configs = [record.run_config for record in records]
+    _prepare(configs, progress=True)
+    n_workers = min(n_workers or _default_workers(), len(configs))
+    with _worker_environment(), _pool(n_workers) as pool:
+        futures = [pool.submit(run, config, progress=False) for config in configs]
+        for _ in tqdm(as_completed(futures), total=len(futures), desc="reproduce", unit="run"):
+            pass
+    rows = [
+        {"run_id": old.run_id, "metric": name, "published": value, "reproduced": new.result().results["bits_per_byte"][name]}
+        for old, new in zip(records, futures, strict=True)
+        for name, value in old.results["bits_per_byte"].items()
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table["difference"] = table["reproduced"] - table["published"]
+    return table

@@ -1,0 +1,150 @@
+"""Records as tables: one row a run, with forgetting and learning, and the learning rate each method is best at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from .config import METHODS, RunConfig
+from .evaluation import learning
+from .records import Record
+
+FLAT_CONFIG = ("data", "backbone", "method", "training")
+
+
+def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -> list[dict[str, Any]]:
+    """One flat dictionary a record.
+
+    `learning` compares with fine-tuning at its best learning rate on the same data, backbone and number of tokens,
+    looked for among `records` and `references`; None where there is none.
+    """
+    best = _fine_tuning_references([*records, *references])
+    rows = []
+    for record in records:
+        results, provenance = record.results, record.provenance
+        row: dict[str, Any] = {"run_id": record.run_id, "notebook": record.notebook, "profile": record.config["profile"]}
+        for part in FLAT_CONFIG:
+            row |= record.config[part]
+        row |= {"original": record.config["data"]["original"], "seed": record.config["seed"]}
+        fine_tuning = best.get(_setting(record.run_config))
+        new, backbone_new = results["bits_per_byte"]["new"], results["backbone_bits_per_byte"]["new"]
+        row |= {
+            "forgetting": results["forgetting"]["unseen_original"],
+            "forgetting_proxy": results["forgetting"].get("proxy"),
+            "learning": None if fine_tuning is None else round(learning(new, backbone_new, fine_tuning), 5),
+            "drift": results["drift"]["unseen_original"],
+            "bits_per_byte": results["bits_per_byte"],
+            "backbone_bits_per_byte": results["backbone_bits_per_byte"],
+            "extra_weights": results["n_extra_weights"] / results["n_backbone_weights"],
+            "tokens_per_second": results["tokens_per_second"],
+        }
+        keys = ("seconds", "device", "precision", "peak_memory_mb", "git_commit", "is_dirty", "created")
+        rows.append(row | {key: provenance[key] for key in keys})
+    return rows
+
+
+def results_table(records: Sequence[Record], references: Iterable[Record] = ()) -> pd.DataFrame:
+    """`flat_records` as a table, with one column for each held-out text: bits_per_byte_unseen_original, …"""
+    rows = []
+    for row in flat_records(records, references):
+        values = row.pop("bits_per_byte")
+        row.pop("backbone_bits_per_byte")
+        rows.append(row | {f"bits_per_byte_{name}": value for name, value in values.items()})
+    table = pd.DataFrame(rows)
+    order = [name for name in METHODS if name in set(table["method"])]
+    table["method"] = pd.Categorical(table["method"], order, ordered=True)
+    return table
+
+
+def best_learning_rates(table: pd.DataFrame) -> dict[str, float]:
+    """For each method the rate with the lowest mean bits per byte on the new domain's *validation* text."""
+    means = table.groupby(["method", "learning_rate"], observed=True)["bits_per_byte_new_validation"].mean()
+    return {str(method): float(group.idxmin()[1]) for method, group in means.groupby(level=0, observed=True)}
+
+
+def at_best_rate(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each method at its best learning rate."""
+    best = table["method"].astype(str).map(best_learning_rates(table))
+    return table[table["learning_rate"] == best]
+
+
+def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Mean over seeds, lowest and highest, of forgetting and learning, and the number of seeds."""
+    grouped = table.groupby(list(by), observed=True, sort=False)
+    return grouped.agg(
+        seeds=("seed", "nunique"),
+        forgetting=("forgetting", "mean"),
+        forgetting_min=("forgetting", "min"),
+        forgetting_max=("forgetting", "max"),
+        learning=("learning", "mean"),
+        learning_min=("learning", "min"),
+        learning_max=("learning", "max"),
+        drift=("drift", "mean"),
+    ).reset_index()
+
+
+def curves_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Learning curves: one row a run and measured point, validation bits per byte."""
+    rows = [
+        {"run_id": r.run_id, "method": r.config["method"]["method"], "seed": r.config["seed"], **point}
+        for r in records
+        for point in r.curve
+        if "bits_per_byte_new_validation" in point
+    ]
+    return pd.DataFrame(rows)
+
+
+def gate_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Gate statistics: one row a run, adapter and held-out text."""
+    rows = [
+        {"run_id": r.run_id, **{k: r.config["method"][k] for k in ("gate", "local_loss", "local_loss_weight")}, **row}
+        for r in records
+        for row in r.results["gate_statistics"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def gate_and_loss(table: pd.DataFrame) -> pd.Series[str]:
+    """'relu, l1' and so on: the pair a run of the gate experiment is about."""
+    return table["gate"] + ", " + table["local_loss"].str.replace("_", " ")
+
+
+def with_shared_zero(table: pd.DataFrame) -> pd.DataFrame:
+    """Weight 0 switches the local loss off, so that one run stands for every local loss of its gate: repeat it for each."""
+    without = table[table["local_loss"] == "none"]
+    used = table[table["local_loss"] != "none"]
+    pairs = used[["gate", "gate and local loss"]].drop_duplicates()
+    shared = without.drop(columns="gate and local loss").merge(pairs, on="gate")
+    return pd.concat([used, shared], ignore_index=True)
+
+
+def _setting(config: RunConfig) -> tuple[Any, ...]:
+    """What runs must share to be compared with the same fine-tuning."""
+    return config.profile, config.data, config.backbone, config.training.context_length, config.training.n_tokens
+
+
+def _fine_tuning_references(records: Sequence[Record]) -> dict[tuple[Any, ...], float]:
+    """Mean test bits per byte on the new domain of fine-tuning at its best rate, by setting; the mix ratio is the one
+    of most fine-tuning runs of that setting (the profile's default)."""
+    by_setting: dict[tuple[Any, ...], list[Record]] = {}
+    for record in {r.run_id: r for r in records}.values():
+        if record.config["method"]["method"] == "fine_tuning":
+            by_setting.setdefault(_setting(record.run_config), []).append(record)
+    return {setting: _best_fine_tuning(group) for setting, group in by_setting.items()}
+
+
+def _best_fine_tuning(records: Sequence[Record]) -> float:
+    table = pd.DataFrame(
+        {
+            "mix_ratio": r.config["training"]["mix_ratio"],
+            "learning_rate": r.config["training"]["learning_rate"],
+            "validation": r.results["bits_per_byte"]["new_validation"],
+            "test": r.results["bits_per_byte"]["new"],
+        }
+        for r in records
+    )
+    table = table[table["mix_ratio"] == table["mix_ratio"].mode().max()]
+    means = table.groupby("learning_rate").mean()
+    return float(means.loc[means["validation"].idxmin(), "test"])
