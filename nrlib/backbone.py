@@ -31,8 +31,8 @@ def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -
     BackboneError
         When a named model cannot be had or is not a causal language model.
     """
-    if config.backbone.name:
-        model = load_backbone(config.backbone.name)
+    if config.backbone.backbone_name:
+        model = load_backbone(config.backbone.backbone_name)
     else:
         folder = backbone_directory(config, text)
         if not folder.exists():
@@ -103,17 +103,17 @@ def build_backbone(config: RunConfig, vocabulary_size: int, eos_token_id: int) -
 
 def backbone_shape(config: RunConfig) -> PreTrainedModel:
     """The backbone on the meta device: modules and sizes without weights, so that a mistake costs no work."""
-    if not config.backbone.name:
+    if not config.backbone.backbone_name:
         with torch.device("meta"):
             return build_backbone(config, config.backbone.vocabulary_size, 0)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        shape = AutoConfig.from_pretrained(config.backbone.name)
+        shape = AutoConfig.from_pretrained(config.backbone.backbone_name)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(shape)
     except Exception as error:
-        raise BackboneError(_why_not_loaded(config.backbone.name, error)) from error
+        raise BackboneError(_why_not_loaded(config.backbone.backbone_name, error)) from error
 
 
 def _pretrain(config: RunConfig, text: PreparedText, folder: Path, progress: bool) -> None:

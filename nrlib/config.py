@@ -57,7 +57,7 @@ class DataConfig:
 class BackboneConfig:
     """The model that is extended: trained here from these numbers, or any causal language model by name."""
 
-    name: str = parameter(
+    backbone_name: str = parameter(
         "", "local folder or hub name of a causal language model; '' trains one from the fields below"
     )
     d_model: int = parameter(128, "model width D", minimum=8)
@@ -176,7 +176,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "laptop": {
         "original": "debian-docs:en", "proxy": "debian-docs:en/libreoffice+gnome", "new_domain": "debian-docs:fr",
-        "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 150_000, "n_tokens": 819_200,
+        "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 120_000, "n_tokens": 819_200,
     },
     "gpu": {
         "original": "debian-docs:en", "proxy": "debian-docs:en/libreoffice+gnome", "new_domain": "debian-docs:fr",
@@ -188,7 +188,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "paper": {
         "original": "hub:HuggingFaceFW/fineweb-edu:sample-10BT", "proxy": "hub:wikimedia/wikipedia:20231101.en",
         "new_domain": "hub:HuggingFaceFW/fineweb-2:fra_Latn", "unseen_original": "hub:HuggingFaceFW/fineweb-edu:sample-10BT",
-        "name": "google/gemma-2b", "context_length": 4096, "batch_size": 64, "n_tokens": 25_000_000_000,
+        "backbone_name": "google/gemma-2b", "context_length": 4096, "batch_size": 64, "n_tokens": 25_000_000_000,
         "learning_rate": 1e-4, "n_evaluation_bytes": 4_000_000,
     },
 }  # fmt: skip

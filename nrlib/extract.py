@@ -13,7 +13,7 @@ from typing import Literal
 
 from lxml import etree, html
 
-EXTRACTOR_VERSION = 2
+EXTRACTOR_VERSION = 1
 """Raise it whenever the text that comes out changes: cached extractions of another version are made anew."""
 
 MIN_COLUMNS = 40
@@ -45,6 +45,7 @@ _ENGLISH = _words(
 )
 # Words of the list above that other languages of the recipes spell alike: not evidence of English there.
 _SPELT_ALIKE = _words("of is for by to an or as can may be was but has it have were")
+_NON_LATIN = _words("el hi ja ko mk ru sr uk zh")
 
 
 def normalise(text: str) -> str:
@@ -72,12 +73,20 @@ def is_english(text: str) -> bool:
     return len(found) >= 0.1 * len(words) and not _SPELT_ALIKE.issuperset(found)
 
 
+def is_in(language: str, text: str) -> bool:
+    """Whether a paragraph of a page in `language` is in that language rather than left in English."""
+    if language.partition("-")[0] in _NON_LATIN:  # for these the script tells
+        n_letters = sum(c.isalpha() for c in text)
+        return sum(c.isalpha() and c > "\u024f" for c in text) >= 0.25 * n_letters
+    return language.startswith("en") or not is_english(text)
+
+
 def paragraphs_kept(paragraphs: Iterable[str], language: str) -> list[str]:
     """Normalise paragraphs and keep those that are prose in `language`; a page repeats none."""
     kept: dict[str, None] = {}
     for paragraph in paragraphs:
         text = _BULLET.sub("", normalise(paragraph))
-        if is_prose(text) and (language.startswith("en") or not is_english(text)):
+        if is_prose(text) and is_in(language, text):
             kept[text] = None
     return list(kept)
 
@@ -101,6 +110,8 @@ def _walk(root: etree._Element, role_of: Callable[[etree._Element], Role], joint
             role = role_of(child) if isinstance(child.tag, str) else "drop"  # comments have no name
             if role in ("gap", "break"):
                 flush()
+            if role == "drop" and child.tail and child.tail[0] in ".,)" and pieces:
+                pieces[-1] = pieces[-1].rstrip()  # the space before the mark of a footnote
             if role in ("break", "inline"):
                 visit(child)
             if role == "break":
@@ -136,6 +147,8 @@ _HTML_ID_GONE = frozenset(("banner", "title", "searchbox"))
 def html_paragraphs(page: bytes) -> list[str]:
     """Paragraphs of an HTML page of LibreOffice's help, DocBook, Publican or Sphinx, still to be passed to
     `paragraphs_kept`."""
+    if not page.strip():
+        return []
     root = html.document_fromstring(page, parser=html.HTMLParser(encoding="utf-8", remove_comments=True))
     content = root.xpath("//*[@id='DisplayArea'] | //div[@role='main']") or root.xpath("//body") or [root]
     return _walk(content[0], _html_role, {})
@@ -206,7 +219,7 @@ def mallard_paragraphs(page: bytes, titles: dict[str, str] | None = None) -> lis
 
 def _mallard_root(page: bytes) -> etree._Element | None:
     parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, recover=True)
-    return etree.fromstring(page, parser=parser)
+    return etree.fromstring(page, parser=parser) if page.strip() else None
 
 
 def _mallard_role(element: etree._Element) -> Role:

@@ -224,7 +224,7 @@ class _Page:
         elif name in ("UR", "MT", "UE", "ME", "URL", "MTO"):
             self._link(name, _arguments(rest))
         elif name == "q":  # the pages of the time zone database define it
-            self._text("“" + "”".join((_arguments(rest) + ["", ""])[:2]))
+            self._text("“" + "”".join([*_arguments(rest), "", ""][:2]))
         elif name in ("if", "ie", "el"):
             self._condition(name, rest)
         elif name in _MDOC_INLINE:

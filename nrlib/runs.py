@@ -67,7 +67,7 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
         "n_backbone_weights": n_backbone,
         "n_extra_weights": count_extra_weights(model, n_backbone),
         "tokens_per_second": round(config.training.n_tokens / state.seconds),
-        "gate_statistics": statistics,
+        "gate_statistics": [row for row in statistics if row["text"] in TEST_SETS],
     }
     provenance = collect_provenance(config, text.corpora, device, state.seconds)
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance)

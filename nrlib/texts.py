@@ -65,16 +65,16 @@ def prepare_text(data: DataConfig, backbone: BackboneConfig, progress: bool = Tr
     chosen = {role: {d.id for d in corpus.documents} for role, corpus in corpora.items()}
 
     training = {role: _pick(original.train, chosen[role]) for role in ("original", "proxy") if role in corpora}
-    if backbone.name:
-        tokenizer = load_tokenizer(backbone.name)
+    if backbone.backbone_name:
+        tokenizer = load_tokenizer(backbone.backbone_name)
     else:
         tokenizer = train_tokenizer(training["original"], backbone.vocabulary_size, progress)
     n_bytes = data.n_evaluation_bytes
     held_out = {
         "unseen_original": _first(_pick(original.test, chosen["unseen_original"]), n_bytes),
         "new": _first(new.test, n_bytes),
-        "unseen_original_validation": _first(_pick(original.validation, chosen["unseen_original"]), n_bytes // 3),
-        "new_validation": _first(new.validation, n_bytes // 3),
+        "unseen_original_validation": _first(_pick(original.validation, chosen["unseen_original"]), n_bytes // 4),
+        "new_validation": _first(new.validation, n_bytes // 4),
     }
     if "proxy" in corpora:
         held_out["proxy"] = _first(_pick(original.test, chosen["proxy"]), n_bytes)

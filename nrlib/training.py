@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from .batches import Batch, MixedBatches
 from .config import TrainingConfig
 from .losses import IGNORED, ORIGINAL, LocalLoss
-from .machine import keep_large_blocks, pick_precision
+from .machine import attention_in_float32, keep_large_blocks, pick_precision
 
-N_CURVE_POINTS = 40
+N_CURVE_POINTS = 20
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Hooks:
     """
 
     measure: Callable[[], dict[str, float]] | None = None
-    n_measurements: int = 6
+    n_measurements: int = 5
     save: Callable[[dict[str, Any]], None] | None = None
     load: Callable[[], dict[str, Any] | None] | None = None
     seconds_between_saves: float = 60.0
@@ -86,7 +86,7 @@ def training_step(
     for start in range(0, len(batch.domain), micro_size):
         part = slice(start, start + micro_size)
         inputs, targets, domain = (t[part].to(device) for t in (batch.inputs, batch.targets, batch.domain))
-        with LocalLoss(model, local_loss, domain) as collected:
+        with LocalLoss(model, local_loss, domain) as collected, attention_in_float32(device, dtype):
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logits = model(input_ids=inputs, use_cache=False).logits
             language_loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,0 +1,85 @@
+# Everything runs in a virtual environment of its own, .venv, which the first command creates.
+# Another Python: make book PYTHON=python3.12
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CORPUS ?= debian-docs
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+INSTALLED := $(VENV)/.installed
+
+# The same bytes on every machine, whatever its locale; no question asked, no window opened.
+export PYTHONUTF8 := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export MPLBACKEND := agg
+
+PROFILE_debian-docs := laptop
+PROFILE_synthetic := smoke
+PROFILE := $(PROFILE_$(CORPUS))
+
+.PHONY: help venv book test fast lint reproduce bench constraints clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@echo
+	@echo '  make book CORPUS=synthetic   needs no network after installation, minutes instead of real text'
+	@echo '  make book PYTHON=python3.12  choose the Python (3.10 to 3.13) the first time'
+
+venv: $(INSTALLED)  ## create .venv and install the pinned versions, if anything changed
+
+# python3 may be too old where a newer one lies beside it, so the first that fits is taken.
+$(INSTALLED): pyproject.toml constraints.txt
+	@set -e; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.10 python); do \
+	  if "$$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+	    python=$$candidate; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python from 3.10 to 3.13 was found$(if $(PYTHON), under the name $(PYTHON)). Name one: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if ! [ -x "$(BIN)/python" ] || ! "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \
+	  echo "Creating $(VENV) with $$("$$python" -V)"; \
+	  "$$python" -m venv --clear "$(VENV)" || { \
+	    echo "Could not create a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@echo 'Installing (the first time takes minutes)'
+	@$(RUN) pip install --quiet -c constraints.txt -e '.[book,dev]'
+	@touch $@
+
+book: $(INSTALLED)  ## execute the notebooks, build the book, print the page to open
+	@$(if $(PROFILE),,echo "CORPUS = $(CORPUS) is unknown. Allowed: debian-docs (real text, the default), synthetic." >&2; exit 1)
+	@$(RUN) nrlib.book --profile $(PROFILE)
+
+test: lint  ## all checks and tests, with every notebook and a strict build of the book
+	@$(RUN) pytest
+
+fast: $(INSTALLED)  ## the tests that take less than a minute altogether
+	@$(RUN) pytest -m 'not slow'
+
+lint: $(INSTALLED)  ## style, types, spelling, stripped notebooks
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+	@$(BIN)/codespell
+	@find notebooks -name '*.ipynb' -exec $(BIN)/nbstripout --verify --extra-keys 'metadata.papermill cell.metadata.papermill' {} +
+
+reproduce: $(INSTALLED)  ## train all published runs again and report the differences (hours)
+	@$(RUN) nrlib.cli reproduce
+
+bench: $(INSTALLED)  ## speed and memory of training and inference, method against method
+	@$(RUN) nrlib.cli bench
+
+constraints: $(INSTALLED)  ## write constraints.txt anew from pyproject.toml, keeping versions that still fit
+	@$(RUN) pip install --quiet uv
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate \
+	  --custom-compile-command 'make constraints' -o constraints.txt pyproject.toml
+
+clean:  ## delete what was built; texts, backbones and runs in data/cache stay
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache nrlib.egg-info
+	find nrlib tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,290 @@
+"""The console command `nrlib`. Heavy libraries are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from .config import PROFILES
+from .config import parameters as run_parameters
+from .errors import ConfigError, NrlibError
+
+if TYPE_CHECKING:
+    from .records import Record
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """All commands report errors in one way: a paragraph, no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (NrlibError, FloatingPointError) as error:
+            if os.environ.get("NRLIB_TRACEBACK") == "1":
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(EXIT_ERROR) from error
+        except KeyboardInterrupt as error:
+            typer.echo(
+                "\nInterrupted. Finished runs are kept; the same command resumes where this one stood.", err=True
+            )
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+)
+
+
+class Format(str, enum.Enum):
+    """How a result is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from . import __version__
+
+        typer.echo(f"nrlib {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def nrlib(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Teach a language model a new domain without losing the old one (neutral residues, arXiv 2410.02744).
+
+    \b
+    Start with:  nrlib doctor
+                 nrlib run quickstart
+                 nrlib extend --help
+    """
+
+
+def split_assignments(texts: list[str]) -> dict[str, str]:
+    """`name=value` texts as a dictionary."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equal, value = text.partition("=")
+        if not equal or not name.strip():
+            raise ConfigError(f"-p {text!r} is not of the form name=value, for example -p mix_ratio=0.1.")
+        if name.strip() in pairs:
+            raise ConfigError(f"-p gives {name.strip()} twice. Give each parameter once.")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+Assignments = Annotated[
+    list[str], typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="Change a parameter; may be repeated.")
+]
+ShowParameters = Annotated[bool, typer.Option("--show-parameters", help="Explain the parameters and stop.")]
+_PROFILE_HELP = f"One of {', '.join(PROFILES)}."
+
+
+@app.command()
+def run(
+    notebook: Annotated[str, typer.Argument(help="Name of a notebook, or path of a .ipynb file.")] = "",
+    parameter: Assignments = [],  # noqa: B006  (typer copies it)
+    profile: Annotated[str, typer.Option(help=f"Short for -p profile=…: {_PROFILE_HELP}")] = "",
+    publish: Annotated[bool, typer.Option("--publish", help="Write new records under data/results/.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
+    show_parameters: ShowParameters = False,
+    page: Annotated[bool, typer.Option(help="Make a page of the executed copy.")] = True,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default build/notebooks.")] = None,
+) -> None:
+    """Execute a notebook with changed parameters.
+
+    \b
+    Examples:  nrlib run --list
+               nrlib run methods --show-parameters
+               nrlib run quickstart -p local_loss_weight=0
+               nrlib run methods --profile laptop -p learning_rates=0.001,0.003
+    """
+    from . import notebooks
+
+    if list_all or not notebook:
+        typer.echo("\n".join(notebooks.list_notebooks()))
+        return
+    path = notebooks.find_notebook(notebook)
+    if show_parameters:
+        for p in notebooks.read_parameters(path).values():
+            typer.echo(f"{p.name} = {json.dumps(p.default)}  ({p.type})\n    {p.description}")
+        return
+    changes = split_assignments([*parameter, *([f"profile={profile}"] if profile else [])])
+    executed = notebooks.execute_notebook(path, changes, output_directory=output, publish=publish)
+    typer.echo(f"executed copy: {executed}")
+    if page:
+        typer.echo(f"page:          {notebooks.render_page(executed)}")
+
+
+def _help(name: str) -> Any:
+    return typer.Option(help=run_parameters()[name].metadata["description"], show_default=False)
+
+
+@app.command()
+def extend(
+    backbone: Annotated[str | None, _help("name")] = None,
+    original: Annotated[str | None, _help("original")] = None,
+    proxy: Annotated[str | None, _help("proxy")] = None,
+    unseen_original: Annotated[str | None, _help("unseen_original")] = None,
+    new_domain: Annotated[str | None, _help("new_domain")] = None,
+    method: Annotated[str | None, _help("method")] = None,
+    mix_ratio: Annotated[float | None, _help("mix_ratio")] = None,
+    learning_rate: Annotated[float | None, _help("learning_rate")] = None,
+    n_tokens: Annotated[int | None, _help("n_tokens")] = None,
+    seed: Annotated[int | None, _help("seed")] = None,
+    parameter: Assignments = [],  # noqa: B006  (typer copies it)
+    profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
+    save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
+    show_parameters: ShowParameters = False,
+) -> None:
+    """Extend a backbone to a new domain and measure what it learned and forgot.
+
+    A run that was made before is not made again: its record is shown.
+
+    \b
+    Examples:  nrlib extend
+               nrlib extend --profile smoke --method lora --save build/lora
+               nrlib extend --backbone gpt2 --new-domain 'file:texts/*.txt' -p gate=elu
+    """
+    from .commands import extend as command
+
+    if show_parameters:
+        typer.echo(command.explain_parameters(profile))
+        return
+    named = {
+        "name": backbone, "original": original, "proxy": proxy, "unseen_original": unseen_original,
+        "new_domain": new_domain, "method": method, "mix_ratio": mix_ratio, "learning_rate": learning_rate,
+        "n_tokens": n_tokens, "seed": seed,
+    }  # fmt: skip
+    changes = command.merge_changes(named, split_assignments(parameter))
+    typer.echo(command.extend_and_report(profile, changes, save))
+
+
+@app.command()
+def records(
+    format: Annotated[Format, typer.Option(help="json: one object a line.")] = Format.table,
+    notebook: Annotated[str, typer.Option(help="Only the runs this notebook asked for.")] = "",
+) -> None:
+    """Print the published records.
+
+    \b
+    Examples:  nrlib records
+               nrlib records --format json | jq .forgetting
+    """
+    from .records import published_records
+    from .tables import flat_records
+
+    rows = [row for row in flat_records(list(published_records())) if notebook in ("", row["notebook"])]
+    if format is Format.json:
+        for row in rows:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    elif rows:
+        import pandas as pd
+
+        columns = ["run_id", "notebook", "method", "seed", "learning_rate", "mix_ratio", "gate", "local_loss"]
+        columns += ["local_loss_weight", "position", "site", "layers", "forgetting", "learning", "seconds"]
+        typer.echo(pd.DataFrame(rows)[columns].to_string(index=False))
+    else:
+        typer.echo("No published records.", err=True)
+
+
+@app.command()
+def corpora(
+    spec: Annotated[str, typer.Argument(help="Corpus to load; without it, the kinds are listed.")] = "",
+    show: Annotated[int, typer.Option(min=0, metavar="N", help="Print N random paragraphs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which paragraphs.")] = 0,
+) -> None:
+    """List the kinds of corpora, or load one and describe it.
+
+    \b
+    Examples:  nrlib corpora
+               nrlib corpora debian-docs:fr --show 3
+               nrlib corpora 'file:texts/*.txt'
+    """
+    from .commands import corpora as command
+
+    if not spec:
+        typer.echo(command.describe_kinds())
+        return
+    for part in command.describe_corpus(spec, show, seed):
+        typer.echo(part)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps; under two minutes.")] = False,
+    format: Annotated[Format, typer.Option(help="json: one object.")] = Format.table,
+) -> None:
+    """Measure speed and memory of training and inference, all methods in turn.
+
+    \b
+    Examples:  nrlib bench --quick
+               nrlib bench --format json
+    """
+    from .benchmark import format_table, run_benchmark
+
+    result = run_benchmark(quick=quick, progress=sys.stderr.isatty())
+    typer.echo(json.dumps(result) if format is Format.json else format_table(result))
+
+
+@app.command()
+def doctor() -> None:
+    """Check that everything needed is there, and say what to do if not.
+
+    \b
+    Example:  nrlib doctor
+    """
+    from .commands.doctor import examine
+
+    is_missing = False
+    for check in examine():
+        typer.echo(str(check))
+        is_missing |= check.status == "missing"
+    if is_missing:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="Only N records, spread over all; 0 is all.")] = 0,
+    profile: Annotated[str, typer.Option(help=f"Only records of this profile. {_PROFILE_HELP}")] = "",
+    tolerance: Annotated[float, typer.Option(min=0, help="Difference in bits per byte that passes.")] = 0.02,
+) -> None:
+    """Train published records again, backbones included, and report the differences.
+
+    \b
+    Examples:  nrlib reproduce --limit 4
+               nrlib reproduce --profile laptop
+    """
+    from .commands import reproduce as command
+
+    chosen: list[Record] = command.choose_records(profile, limit)
+    report, is_within = command.reproduce_and_report(chosen, tolerance)
+    typer.echo(report)
+    if not is_within:
+        raise typer.Exit(1)
+
+
+def main() -> NoReturn:
+    """The entry point of the console command."""
+    app(prog_name="nrlib")
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the commands of `nrlib` do, one module a command; `nrlib.cli` holds their options."""

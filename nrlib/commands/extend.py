@@ -1,0 +1,155 @@
+"""`nrlib extend`: one run from the shell, its figures, and the extended model as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checks import check_run
+from ..config import RunConfig, make_config, parameters
+from ..errors import ConfigError
+from ..notebook_parameters import Parameter, convert_value
+from ..storage import atomic_directory, cache_directory, results_directory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..records import Record
+    from ..texts import PreparedText
+
+_MEANING = {
+    "unseen_original": "original domain, outside the proxy",
+    "proxy": "original domain, the proxy",
+    "new": "new domain",
+}
+
+
+def merge_changes(named: Mapping[str, Any], assignments: Mapping[str, str]) -> dict[str, Any]:
+    """Options and `-p name=value` texts as changes for `make_config`, which reports unknown names.
+
+    Raises
+    ------
+    ConfigError
+        For a wrong type, or a parameter given both ways.
+    """
+    known = parameters()
+    changes = {name: value for name, value in named.items() if value is not None}
+    for name, text in assignments.items():
+        if name in changes:
+            raise ConfigError(f"{name} is given by an option and by -p {name}={text}. Give it once.")
+        if name == "profile":
+            raise ConfigError(
+                f"-p profile={text} comes too late: the other defaults depend on it. Use --profile {text}."
+            )
+        field = known.get(name)
+        if field is not None:
+            declared = Parameter(name, type(field.default).__name__, field.default, field.metadata["description"])
+            changes[name] = convert_value(declared, text)
+        else:
+            changes[name] = text
+    return changes
+
+
+def explain_parameters(profile: str) -> str:
+    """Every parameter with its value in a profile, what it allows and what it means."""
+    config = make_config(profile).to_dict()
+    values = {name: value for part in config.values() if isinstance(part, dict) for name, value in part.items()}
+    values |= {name: value for name, value in config.items() if not isinstance(value, dict)}
+    lines = []
+    for name, field in parameters().items():
+        choices, minimum, maximum = (field.metadata.get(key) for key in ("choices", "minimum", "maximum"))
+        allowed = ", ".join(choices) if choices else type(field.default).__name__
+        if minimum is not None:
+            allowed += f" from {minimum:g} to {maximum:g}" if maximum is not None else f", at least {minimum:g}"
+        lines.append(f"{name} = {values[name]!r}  ({allowed})\n    {field.metadata['description']}")
+    return "\n".join(lines)
+
+
+def extend_and_report(profile: str, changes: Mapping[str, Any], folder: Path | None = None) -> str:
+    """Check everything, then make or load the run, save the model if a folder is given, and say what came out."""
+    config = make_config(profile, **changes)
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--save {folder}: it is there already and is not an empty folder. Give a new name.")
+    check_run(config)
+    from ..records import published_records
+    from ..runs import run_or_load
+
+    published = list(published_records())
+    if folder is None:
+        return _report(run_or_load(config), published)
+    record = _run_and_save(config, folder)
+    return f"{_report(record, published)}\n{_how_to_load(config, folder)}"
+
+
+def _run_and_save(config: RunConfig, folder: Path) -> Record:
+    """Like `run_or_load`, but keep the model too.
+
+    `run` leaves its last checkpoint behind, so that only the steps since then (a minute at most) are taken again, with
+    the same result, to have the model at hand.
+    """
+    from ..backbone import delete_checkpoint, get_backbone
+    from ..records import load_record, save_record
+    from ..runs import extend, run
+    from ..texts import prepare_text
+
+    stored = load_record(config)
+    record = stored or run(config)
+    text = prepare_text(config.data, config.backbone)
+    model, _ = extend(config, text, get_backbone(config, text))
+    _save(model, config, text, folder)
+    if stored is None:
+        save_record(record)
+    delete_checkpoint(config.run_id)
+    return record
+
+
+def _save(model: nn.Module, config: RunConfig, text: PreparedText, folder: Path) -> None:
+    """Adapter (or, after fine-tuning, model) and tokenizer; a backbone that was trained here lies beside them."""
+    from peft import PeftModel
+
+    from ..backbone import get_backbone
+
+    with atomic_directory(folder) as temporary:
+        text.tokenizer.save_pretrained(temporary)
+        if not isinstance(model, PeftModel):
+            model.save_pretrained(temporary)  # type: ignore[operator]
+            return
+        if not config.backbone.name:
+            get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
+            model.peft_config["default"].base_model_name_or_path = str(folder.absolute() / "backbone")
+        model.save_pretrained(str(temporary), save_embedding_layers=False)  # no method here trains them apart
+
+
+def _how_to_load(config: RunConfig, folder: Path) -> str:
+    lines = [f"saved in {folder}; in Python:", "    import nrlib", "    from transformers import AutoModelForCausalLM"]
+    if config.method.method == "fine_tuning":
+        return "\n".join([*lines[:1], lines[2], f"    model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"])
+    backbone = config.backbone.name or str(folder / "backbone")
+    lines += [
+        f"    model = AutoModelForCausalLM.from_pretrained({backbone!r})",
+        f"    model.load_adapter({str(folder)!r})",
+    ]
+    return "\n".join(lines)
+
+
+def _report(record: Record, published: list[Record]) -> str:
+    from ..tables import flat_records
+
+    row = flat_records([record], published)[0]
+    lines = [f"{'bits per byte (lower is better)':42s} before   after"]
+    for name, meaning in _MEANING.items():
+        if name in row["bits_per_byte"]:
+            before, after = row["backbone_bits_per_byte"][name], row["bits_per_byte"][name]
+            lines.append(f"{f'{name} ({meaning})':42s} {before:6.3f}  {after:6.3f}")
+    forgetting = f"forgetting {row['forgetting']:.2%} outside the proxy"
+    if row["forgetting_proxy"] is not None:
+        forgetting += f", {row['forgetting_proxy']:.2%} on the proxy"
+    lines.append(forgetting)
+    if row["learning"] is not None:
+        lines.append(f"learning   {row['learning']:.1%} of fine-tuning's gain")
+    lines.append(f"{row['extra_weights']:.1%} extra weights, {row['seconds']:.0f} s of training on {row['device']}")
+    folders = (results_directory(), cache_directory() / "records")
+    path = next((p for folder in folders if (p := folder / f"{record.run_id}.json").exists()), None)
+    lines.append(f"record:    {path}")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""`nrlib reproduce`: train published records again and say how far the numbers are from the published ones."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import PROFILES
+from ..errors import ConfigError
+from ..storage import cache_directory, results_directory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..records import Record
+
+_TRAINED = ("backbones", "checkpoints", "records")  # folders of the cache that hold what training made
+
+
+def choose_records(profile: str = "", limit: int = 0) -> list[Record]:
+    """Published records of a profile ('' is any), at most `limit` (0 is all), spread evenly over methods and runs."""
+    from ..records import published_records
+
+    if profile not in ("", *PROFILES):
+        raise ConfigError(f"profile = {profile!r} is unknown. Allowed: {', '.join(PROFILES)}.")
+    found = [record for record in published_records() if profile in ("", record.config["profile"])]
+    if not found:
+        of_profile = f" of the profile {profile}" if profile else ""
+        raise ConfigError(
+            f"There are no published records{of_profile} in {results_directory()}, so there is nothing to reproduce. "
+            "Records come with the project's checkout; `nrlib run NOTEBOOK --publish` writes new ones."
+        )
+    found.sort(key=lambda record: (record.config["method"]["method"], record.run_id))
+    n_chosen = min(limit or len(found), len(found))
+    return [found[index * len(found) // n_chosen] for index in range(n_chosen)]
+
+
+def reproduce_and_report(records: Sequence[Record], tolerance: float) -> tuple[str, bool]:
+    """Train `records` again; returns the report and whether all differences are within `tolerance` bits per byte."""
+    from ..machine import describe_device, pick_device
+    from ..sweep import reproduce
+
+    with fresh_cache():
+        table = reproduce(records)
+    then = sorted({record.provenance["device"] for record in records})
+    header = f"{len(records)} runs, published on {'; '.join(then)}, trained again on {describe_device(pick_device())}."
+    return f"{header}\n{summarise(table, tolerance)}", bool((table["difference"].abs() <= tolerance).all())
+
+
+def summarise(table: pd.DataFrame, tolerance: float) -> str:
+    """Median and largest difference of each metric, and the runs beyond the tolerance."""
+    sizes = table.assign(size=table["difference"].abs()).groupby("metric")["size"]
+    lines = [f"{'bits per byte':30s} median difference   largest"]
+    lines += [f"{name:30s} {sizes.median()[name]:17.5f} {sizes.max()[name]:9.5f}" for name in sizes.groups]
+    beyond = table[~(table["difference"].abs() <= tolerance)]  # counts NaN as beyond
+    for row in beyond.itertuples():
+        lines.append(f"beyond {tolerance:g}: {row.run_id} {row.metric} {row.published:.5f} -> {row.reproduced:.5f}")
+    verdict = f"{len(beyond)} of {len(table)} values differ" if len(beyond) else f"all {len(table)} values agree"
+    return "\n".join([*lines, f"{verdict} {'by more than' if len(beyond) else 'within'} {tolerance:g} bits per byte."])
+
+
+@contextmanager
+def fresh_cache() -> Iterator[Path]:
+    """A temporary cache that shares the texts of the usual one, but nothing that was trained."""
+    usual, before = cache_directory().absolute(), os.environ.get("NRLIB_CACHE")
+    usual.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=usual, prefix=".reproduce-") as name:
+        for entry in usual.iterdir():
+            if entry.is_dir() and entry.name not in _TRAINED and not entry.name.startswith("."):
+                Path(name, entry.name).symlink_to(entry)
+        os.environ["NRLIB_CACHE"] = name  # workers inherit it
+        try:
+            yield Path(name)
+        finally:
+            os.environ.pop("NRLIB_CACHE") if before is None else os.environ.update({"NRLIB_CACHE": before})

@@ -1,0 +1,94 @@
+"""Shared by all tests: no network, a cache of the session's own, quiet threads, and tiny models built from configurations."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: without network its first look-up retries for most of a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch is: threads that wait actively starve each other on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import pytest
+
+V, D, L = 64, 16, 3  # vocabulary, width and layers of the tiny models
+
+# One family for each way of calling the blocks: by position or by name, one output or a tuple, shared key heads, experts.
+FAMILIES = {
+    "llama": ("Llama", {"num_attention_heads": 2, "intermediate_size": 32}),
+    "gpt2": ("GPT2", {"n_head": 2, "n_positions": 128}),
+    "gemma2": (
+        "Gemma2",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32},
+    ),
+    "gpt_neox": ("GPTNeoX", {"num_attention_heads": 2, "intermediate_size": 32}),
+    "mixtral": (
+        "Mixtral",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "intermediate_size": 32},
+    ),
+}
+
+
+def build_tiny_model(family: str = "llama", n_layers: int = L, seed: int = 0, **changes):
+    """A causal language model of a few thousand random weights, large enough to make every logit different."""
+    import torch
+    import transformers
+
+    name, settings = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}Config")
+    model_class = getattr(transformers, "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM")
+    sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": n_layers, "initializer_range": 0.3}
+    tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    config = config_class(**sizes, **tokens, **settings, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model_class(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """`tiny_model(family='llama', n_layers=3, seed=0)`: a new model, the same weights for the same arguments."""
+    return build_tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch(tmp_path_factory):
+    """Caches, records and counts of this session; the checkout's own are neither read nor written."""
+    folder = tmp_path_factory.mktemp("nrlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NRLIB_CACHE", str(folder / "cache"))
+        patch.setenv("NRLIB_RESULTS", str(folder / "results"))
+        patch.setenv("NRLIB_COUNTS", str(folder / "runs.jsonl"))
+        patch.delenv("NRLIB_PUBLISH", raising=False)
+        yield folder
+
+
+# A run of a fifth of a second, on the smoke profile.
+SMALL = {
+    "original": "synthetic:aurelian?n_documents=300",
+    "proxy": "synthetic:aurelian/plain?n_documents=150",
+    "unseen_original": "synthetic:aurelian/manual?n_documents=150",
+    "new_domain": "synthetic:borealic?n_documents=200",
+    "n_evaluation_bytes": 2_000,
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "ffn_width": 32,
+    "vocabulary_size": 300,
+    "pretraining_tokens": 4_096,
+    "n_tokens": 20 * 4 * 32,
+    "context_length": 32,
+    "batch_size": 4,
+    "precision": "float32",
+}
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """`small_config(**changes)`: a run so small that it can be trained within a test."""
+    from nrlib.config import make_config
+
+    return lambda **changes: make_config("smoke", **{**SMALL, **changes})

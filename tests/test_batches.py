@@ -1,0 +1,187 @@
+"""Batches and bits per byte: an exact mix, evenly spread; every token scored once; each batch a function of seed and step."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nrlib.batches import MixedBatches, TokenStream, evaluation_batches
+from nrlib.errors import CorpusError
+from nrlib.evaluation import bits_per_byte, drift, evaluate, forgetting, learning
+from nrlib.losses import NEW, ORIGINAL
+
+T = 5
+
+
+def stream(n_tokens, first=0, name="text", n_bytes=1):
+    return TokenStream(np.arange(first, first + n_tokens, dtype=np.int32), n_bytes, name)
+
+
+def mixed(mix_ratio=0.1, n_steps=30, batch_size=8, seed=0, n_new=401, n_original=151):
+    return MixedBatches(
+        stream(n_new), stream(n_original, 1000), mix_ratio=mix_ratio, n_steps=n_steps, batch_size=batch_size,
+        context_length=T, seed=seed,
+    )  # fmt: skip
+
+
+def sequences(batches):
+    """All sequences of a run (n, T + 1), and their domains."""
+    found = [batches.batch(step) for step in range(batches.n_steps)]
+    for batch in found:
+        assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    tokens = torch.cat([torch.cat([b.inputs, b.targets[:, -1:]], dim=1) for b in found])
+    return tokens, torch.cat([b.domain for b in found])
+
+
+# --- mix --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix_ratio", [0.0, 0.001, 0.01, 0.1, 1 / 3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("n_steps", "batch_size"), [(30, 8), (7, 3), (1, 1)])
+def test_the_mix_is_exact_and_even(mix_ratio, n_steps, batch_size):
+    n = n_steps * batch_size
+    tokens, domain = sequences(mixed(mix_ratio, n_steps, batch_size))
+    assert len(tokens) == n
+    is_original = (domain == ORIGINAL).numpy()
+    assert is_original.sum() == round(mix_ratio * n)
+    assert ((domain == NEW).numpy() == ~is_original).all()
+    assert ((tokens >= 1000).numpy() == is_original[:, None]).all()  # the domain says where the tokens are from
+    # evenly: no stretch of the run has one sequence more or less than its share
+    counts = np.concatenate([[0], is_original.cumsum()])
+    share = np.arange(n + 1) * round(mix_ratio * n) / n
+    assert np.abs(counts - share).max() < 1
+
+
+def test_without_a_proxy_a_mix_of_zero_works():
+    batches = MixedBatches(stream(401), None, mix_ratio=0.0, n_steps=2, batch_size=4, context_length=T, seed=0)
+    assert batches.batch(1).domain.tolist() == [NEW] * 4
+
+
+def test_an_epoch_reads_every_sequence_once():
+    tokens, _ = sequences(mixed(0.0, n_steps=30, batch_size=8))  # 240 sequences of 80
+    starts = tokens[:, 0].tolist()
+    epochs = [starts[i : i + 80] for i in range(0, 240, 80)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 400, T))
+    assert epochs[0] != sorted(epochs[0]) and epochs[0] != epochs[1]
+    assert torch.equal(tokens, tokens[:, :1] + torch.arange(T + 1))
+
+
+@pytest.mark.parametrize("mix_ratio", [0.1, 0.5])
+def test_a_batch_is_a_function_of_seed_and_step(mix_ratio):
+    in_order = mixed(mix_ratio)
+    expected = {step: in_order.batch(step) for step in range(30)}
+    shuffled = mixed(mix_ratio)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    for step in [29, 0, 13, 28, 1, 29]:
+        found = shuffled.batch(step)
+        assert torch.equal(found.inputs, expected[step].inputs) and torch.equal(found.domain, expected[step].domain)
+    other = mixed(mix_ratio, seed=1)
+    assert not torch.equal(other.batch(0).inputs, expected[0].inputs)
+
+
+@pytest.mark.parametrize(("n_tokens", "n_sequences"), [(1, 0), (T, 0), (T + 1, 1), (2 * T, 1), (2 * T + 1, 2)])
+def test_number_of_sequences(n_tokens, n_sequences):
+    text = stream(n_tokens)
+    assert text.n_sequences(T) == n_sequences
+    if n_sequences:
+        last = text.sequences(np.array([n_sequences - 1]), T)
+        assert last.tolist() == [list(range((n_sequences - 1) * T, n_sequences * T + 1))]
+
+
+@pytest.mark.parametrize(
+    ("n_new", "n_original", "mix_ratio", "name"),
+    [(8 * T, 151, 0.0, "new text"), (401, T, 0.1, "old text"), (401, None, 0.1, "the proxy"), (0, 151, 0.5, "new text")],
+)
+def test_text_too_small_for_one_batch(n_new, n_original, mix_ratio, name):
+    original = None if n_original is None else stream(n_original, 1000, "old text")
+    with pytest.raises(CorpusError, match="too small") as caught:
+        MixedBatches(
+            stream(n_new, name="new text"), original, mix_ratio=mix_ratio, n_steps=2, batch_size=8, context_length=T,
+            seed=0,
+        )  # fmt: skip
+    message = str(caught.value)
+    assert name in message and f"context_length = {T}" in message and "lower batch_size" in message
+
+
+def test_one_batch_of_text_is_enough():
+    assert mixed(n_new=8 * T + 1, n_original=T + 1).batch(29).inputs.shape == (8, T)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_tokens", [2, T, T + 1, T + 2, 2 * T, 2 * T + 1, 2 * T + 2, 77])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_token_is_scored_once(n_tokens, batch_size):
+    found = list(evaluation_batches(stream(n_tokens, 100), T, batch_size))
+    inputs = torch.cat([i for i, _ in found])
+    targets = torch.cat([t for _, t in found])
+    counted = targets != -100
+    assert targets[counted].tolist() == list(range(101, 100 + n_tokens))
+    assert (inputs[counted] + 1 == targets[counted]).all()  # each is predicted from the token before it
+    assert inputs.shape[1] == T and all(len(i) <= batch_size for i, _ in found) and (inputs >= 0).all()
+    n_full = (n_tokens - 1) // T
+    assert counted.sum(dim=1).tolist() == [T] * n_full + ([(n_tokens - 1) % T] if (n_tokens - 1) % T else [])
+
+
+class Bigram(nn.Module):
+    """Predicts each token from the one before it, by a table of logits."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, input_ids, use_cache=None):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+V = 7
+TEXT = TokenStream(np.random.default_rng(0).integers(0, V, 48).astype(np.int32), 113, "text")
+
+
+def bigram(seed):
+    return Bigram(torch.randn(V, V, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_bits_per_byte_of_a_uniform_model():
+    assert bits_per_byte(Bigram(torch.zeros(V, V)), TEXT, T) == pytest.approx(math.log2(V) * 47 / 113, rel=1e-6)
+
+
+@pytest.mark.parametrize("context_length", [3, T, 47, 100])
+def test_bits_per_byte_by_hand(context_length):
+    model, bits = bigram(0), 0.0
+    for before, after in zip(TEXT.tokens[:-1], TEXT.tokens[1:], strict=True):
+        bits -= torch.log_softmax(model.table[before].detach().double(), -1)[after].item() / math.log(2)
+    assert bits_per_byte(model, TEXT, context_length) == pytest.approx(bits / 113, rel=1e-5)
+
+
+def test_drift_by_hand():
+    backbone, model = bigram(0), bigram(1)
+    p, q = (torch.log_softmax(m.table.detach().double(), -1) for m in (backbone, model))
+    kl = (p.exp() * (p - q)).sum(-1)  # from the backbone's distribution to the model's
+    expected = np.mean([kl[token].item() for token in TEXT.tokens[:-1]])
+
+    def before(inputs):
+        return backbone.table.detach()[inputs].flatten(0, 1)
+
+    assert drift(model, before, TEXT, T) == pytest.approx(expected, rel=1e-5)
+    assert drift(backbone, before, TEXT, T) == pytest.approx(0, abs=1e-7)
+
+
+def test_forgetting_and_learning_by_hand():
+    assert forgetting(0.811, 0.663) == pytest.approx(0.2232, abs=1e-4)  # the paper's fine-tuning
+    assert learning(0.793, 1.175, 0.758) == pytest.approx(0.9161, abs=1e-4)  # and its neutral residues
+    assert learning(1.175, 1.175, 0.758) == 0 and learning(0.758, 1.175, 0.758) == 1
+
+
+def test_evaluation_restores_the_mode_and_skips_texts_that_are_not_there():
+    model = bigram(0).train()
+    values, rows = evaluate(model, {"new": TEXT}, ("new", "proxy"), T)
+    assert values == {"new": bits_per_byte(model, TEXT, T)} and rows == [] and model.training

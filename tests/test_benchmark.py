@@ -1,0 +1,71 @@
+"""The benchmark: what it reports, and that its rivals do the same work. No test compares times."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from nrlib import benchmark
+from nrlib.config import make_config
+from nrlib.methods import apply_method
+
+TINY = benchmark.Settings(profile="smoke", n_rounds=2, n_steps=1, prompt_length=4, n_generated=3, with_memory=False)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return benchmark.run_benchmark(progress=False, settings=TINY)
+
+
+def test_every_case_is_measured(result):
+    assert {kind: tuple(result[kind]) for kind in benchmark.CASES} == benchmark.CASES
+    assert result["n_rounds"] == 2
+    for kind, names in benchmark.CASES.items():
+        for name in names:
+            row = result[kind][name]
+            values = [*row["tokens_per_second"].values(), *row["ratio"].values()]
+            assert all(math.isfinite(value) and value > 0 for value in values)
+            assert 0 <= row["kernel_time_ratio"] <= 1
+        assert set(result[kind][benchmark.OURS]["ratio"].values()) == {1.0}
+
+
+def test_result_is_json_and_names_the_circumstances(result):
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["precision"] in ("float32", "bfloat16")
+    assert result["machine"]["n_threads"] == torch.get_num_threads()
+    assert {"torch", "transformers", "peft"} <= set(result["versions"])
+
+
+def test_table_has_a_line_for_every_case(result):
+    table = benchmark.format_table(result)
+    assert all(title in table for title in benchmark.TITLES.values())
+
+
+def test_quick_is_bounded_in_time():
+    assert benchmark.QUICK.seconds < 60
+
+
+def test_trainer_does_the_same_training_as_our_loop():
+    config = make_config("smoke", precision="float32")
+    batches = benchmark._random_batches(config, n_steps=4)
+    weights = []
+    for one_round in (benchmark.train_with_our_loop, benchmark.train_with_transformers):
+        backbone = benchmark.build_backbone(config, config.backbone.vocabulary_size, eos_token_id=0)
+        model = apply_method(backbone, config.method, seed=0)
+        start, end, n_tokens = one_round(model, batches, config)
+        assert end.seconds > start.seconds
+        assert n_tokens == 3 * batches.batch_size * batches.context_length
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the memory of the processor")
+def test_peak_memory_counts_what_was_freed_again():
+    n_megabytes = 64
+    peak = benchmark.peak_memory_of(lambda: torch.ones(n_megabytes * 1_000_000 // 4).sum().item())
+    assert n_megabytes - 8 <= peak <= n_megabytes + 8
