@@ -44,11 +44,18 @@ def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -
 def load_backbone(name: str) -> PreTrainedModel:
     """A causal language model from a local folder or the hub, checked for causality."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    had_progress_bar = logging.is_progress_bar_enabled()
+    if Path(name).exists():  # one bar for each run of a sweep says nothing; a download's bar does
+        logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(name)
     except Exception as error:  # hub errors come in a dozen classes
         raise BackboneError(_why_not_loaded(name, error)) from error
+    finally:
+        if had_progress_bar:
+            logging.enable_progress_bar()
     check_is_causal(model, name)
     return model
 

@@ -1,7 +1,8 @@
 """Speed and memory of training and inference, side by side in one run.
 
 The cases take turns (A B C D A B C D …) in one process, so that another program on the machine slows all of them, and
-are compared round by round. Peak memory is measured apart, in a fresh process for each case.
+are compared round by round. Processor time is compared as well: it hardly moves when other programs take the cores.
+Peak memory is measured apart, in a fresh process for each case.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,6 @@ class Settings:
 QUICK = Settings(n_rounds=5, n_steps=2, seconds=35.0, n_generated=24)
 
 
-@dataclass
-class Timing:
-    """Speed of one case: one value for each round, and the processor time of all rounds."""
-
-    tokens_per_second: list[float] = field(default_factory=list)
-    user_seconds: float = 0.0
-    system_seconds: float = 0.0
-
-
 @dataclass(frozen=True)
 class Stamp:
     """A moment: wall clock and the processor time this process has used."""
@@ -96,31 +87,52 @@ class Stamp:
 Case = Callable[[], tuple[Stamp, Stamp, int]]  # runs one round; returns start, end and tokens between them
 
 
+@dataclass(frozen=True)
+class Timing:
+    """One round of one case."""
+
+    n_tokens: int
+    seconds: float
+    user_seconds: float
+    system_seconds: float
+
+    @staticmethod
+    def of(case: Case) -> Timing:
+        start, end, n_tokens = case()
+        user, system = end.user_seconds - start.user_seconds, end.system_seconds - start.system_seconds
+        return Timing(n_tokens, end.seconds - start.seconds, user, system)
+
+    @property
+    def processor_seconds(self) -> float:
+        return self.user_seconds + self.system_seconds
+
+
 def run_benchmark(quick: bool = False, progress: bool = True, settings: Settings | None = None) -> dict[str, Any]:
     """Measure all cases; the result can be written as JSON.
 
     Speeds are tokens per second, as median, lowest and highest over the rounds. A ratio is the speed of neutral
-    residues over the other case's in the same round, so above 1 neutral residues are faster. `kernel_time_ratio` is the
-    system's share of the processor time. `peak_memory_mb` counts what the case needs above the imported libraries:
-    weights, gradients, optimiser state and temporaries.
+    residues over the other case's in the same round, so above 1 neutral residues are faster; `processor_ratio` is the
+    same by processor time, of all threads together. `kernel_time_ratio` is the system's share of the processor time.
+    `peak_memory_mb` counts what the case needs above the imported libraries: weights, gradients, optimiser state and
+    temporaries.
     """
     settings = settings or (QUICK if quick else Settings())
     keep_large_blocks()  # for every case alike: our loop does it, Trainer profits from it here
     start = time.perf_counter()
     cases = {(kind, name): make_case(kind, name, settings) for kind, names in CASES.items() for name in names}
-    timings = {key: Timing() for key in cases}
+    timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in cases}
     bar = tqdm(total=settings.n_rounds * len(cases), desc="benchmark", disable=not progress, unit="case", leave=False)
     for case in cases.values():
         case()
     for _ in range(settings.n_rounds):
         for key, case in cases.items():
             bar.set_postfix_str(" ".join(key), refresh=False)
-            _add(timings[key], *case())
+            timings[key].append(Timing.of(case))
             bar.update()
         if time.perf_counter() - start > settings.seconds:
             break
     bar.close()
-    result = _describe(settings, n_rounds=len(timings["training", OURS].tokens_per_second))
+    result = _describe(settings, n_rounds=len(timings["training", OURS]))
     memory = _measure_memory(settings, progress) if settings.with_memory else {}
     for kind, names in CASES.items():
         result[kind] = {
@@ -136,20 +148,24 @@ def format_table(result: dict[str, Any]) -> str:
     lines = [
         f"{machine['device']}; {machine['n_threads']} threads; training in {result['precision']}, inference in float32; "
         f"{result['n_rounds']} rounds in {result['seconds']} s",
-        "ratio: speed of neutral residues over this case's in the same round, median (lowest to highest)",
+        "ratio: speed of neutral residues over this case's in the same round, median (lowest to highest), by wall clock",
+        "and by processor time; kernel: its share of the processor time; memory: peak, above the imported libraries",
         "",
-        f"{'':48} {'tokens/s':>9}  {'ratio':<22} {'kernel':>7} {'memory':>9}",
+        f"{'':48} {'tokens/s':>9}  {'ratio, wall clock':<20} {'ratio, processor':<20} {'kernel':>6} {'memory':>7}",
     ]
     for kind in CASES:
         for name, row in result[kind].items():
-            r = row["ratio"]
-            ratio = "" if name == OURS else f"{r['median']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})"
+            ratios = ["" if name == OURS else _format_spread(row[key]) for key in ("ratio", "processor_ratio")]
             memory = "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']} MB"
             lines.append(
-                f"{kind:10} {TITLES[name]:37} {row['tokens_per_second']['median']:>9,.0f}  {ratio:<22} "
-                f"{row['kernel_time_ratio']:>7.1%} {memory:>9}"
+                f"{kind:10} {TITLES[name]:37} {row['tokens_per_second']['median']:>9,.0f}  {ratios[0]:<20} "
+                f"{ratios[1]:<20} {row['kernel_time_ratio']:>6.1%} {memory:>7}"
             )
     return "\n".join(lines)
+
+
+def _format_spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
 
 
 def make_case(kind: str, name: str, settings: Settings) -> Case:
@@ -293,24 +309,19 @@ def _generation_case(model: Any, config: RunConfig, settings: Settings) -> Case:
     return one_round
 
 
-def _add(timing: Timing, start: Stamp, end: Stamp, n_tokens: int) -> None:
-    timing.tokens_per_second.append(n_tokens / (end.seconds - start.seconds))
-    timing.user_seconds += end.user_seconds - start.user_seconds
-    timing.system_seconds += end.system_seconds - start.system_seconds
-
-
 def _spread(values: list[float], digits: int) -> dict[str, float]:
     low, middle, high = min(values), statistics.median(values), max(values)
     return {"median": round(middle, digits), "lowest": round(low, digits), "highest": round(high, digits)}
 
 
-def _summary(timing: Timing, ours: Timing, peak_memory_mb: int | None) -> dict[str, Any]:
-    pairs = zip(ours.tokens_per_second, timing.tokens_per_second, strict=True)
-    processor_seconds = timing.user_seconds + timing.system_seconds
+def _summary(rounds: list[Timing], ours: list[Timing], peak_memory_mb: int | None) -> dict[str, Any]:
+    pairs = list(zip(ours, rounds, strict=True))
+    processor_seconds = max(sum(t.processor_seconds for t in rounds), 1e-9)
     return {
-        "tokens_per_second": _spread(timing.tokens_per_second, 1),
-        "ratio": _spread([mine / other for mine, other in pairs], 4),
-        "kernel_time_ratio": round(timing.system_seconds / max(processor_seconds, 1e-9), 4),
+        "tokens_per_second": _spread([t.n_tokens / t.seconds for t in rounds], 1),
+        "ratio": _spread([other.seconds / mine.seconds for mine, other in pairs], 4),
+        "processor_ratio": _spread([other.processor_seconds / mine.processor_seconds for mine, other in pairs], 4),
+        "kernel_time_ratio": round(sum(t.system_seconds for t in rounds) / processor_seconds, 4),
         "peak_memory_mb": peak_memory_mb,
     }
 
@@ -370,28 +381,46 @@ def _resident_mb(entry: str) -> float:
 
 def _measure_memory(settings: Settings, progress: bool) -> dict[tuple[str, str], int]:
     keys = [(kind, name) for kind in ("training", "forward") for name in CASES[kind]]
-    # Two at a time: that changes no process's own memory.
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        peaks = pool.map(lambda key: _memory_in_new_process(*key, settings.profile), keys)
-        bar = tqdm(peaks, total=len(keys), desc="peak memory", disable=not progress, unit="case", leave=False)
-        return dict(zip(keys, bar, strict=True))
+    # The imports take ten times as long as the measurement. On Linux one new process does them and forks for each case.
+    groups = [keys] if sys.platform == "linux" else [[key] for key in keys]
+    peaks = (peak for group in groups for peak in _memory_in_new_process(group, settings.profile))
+    bar = tqdm(peaks, total=len(keys), desc="peak memory", disable=not progress, unit="case", leave=False)
+    return dict(zip(keys, bar, strict=True))
 
 
-def _memory_in_new_process(kind: str, name: str, profile: str) -> int:
-    command = [sys.executable, "-m", "nrlib.benchmark", kind, name, profile, str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"Measuring the memory of {kind} {name} failed:\n{done.stderr[-2000:]}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+def _memory_in_new_process(keys: list[tuple[str, str]], profile: str) -> Iterator[int]:
+    names = [f"{kind}/{name}" for kind, name in keys]
+    command = [sys.executable, "-m", "nrlib.benchmark", profile, str(torch.get_num_threads()), *names]
+    environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # CUDA must not be started before a fork
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield int(json.loads(line))
+        if process.wait():
+            errors.seek(0)
+            raise RuntimeError(f"Measuring peak memory failed:\n{errors.read()[-2000:]}")
 
 
-def _memory_process(kind: str, name: str, profile: str, n_threads: str) -> None:
-    torch.set_num_threads(int(n_threads))
-    keep_large_blocks()
-    settings = Settings(profile=profile, n_steps=2)
-    if name == "transformers_trainer":
-        import transformers.trainer  # noqa: F401  the library itself is not counted
-    print(json.dumps(peak_memory_of(lambda: make_case(kind, name, settings)())))
+def _memory_process(profile: str, n_threads: str, *names: str) -> None:
+    import transformers.trainer  # noqa: F401  before the measurement: the library itself is not counted
+
+    for name in names:
+        child = os.fork() if len(names) > 1 else 0
+        if child:
+            _, status = os.waitpid(child, 0)
+            if status:
+                raise SystemExit(1)
+            continue
+        torch.set_num_threads(int(n_threads))
+        keep_large_blocks()
+        kind, case = name.split("/")
+        settings = Settings(profile=profile, n_steps=2)
+        print(json.dumps(peak_memory_of(lambda: make_case(kind, case, settings)())), flush=True)  # noqa: B023
+        if len(names) > 1:
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def check_run(config: RunConfig) -> None:
     n_tokens_per_step = c.batch_size * c.context_length
     if c.n_tokens < n_tokens_per_step:
         raise ConfigError(
-            f"n_tokens = {c.n_tokens} is less than one batch of batch_size = {c.batch_size} sequences of context_length "
-            f"= {c.context_length}: it must be at least {n_tokens_per_step}."
+            f"n_tokens = {c.n_tokens} is less than one batch of batch_size = {c.batch_size} sequences of "
+            f"context_length = {c.context_length}: it must be at least {n_tokens_per_step}."
         )
     from .methods import apply_method
 
@@ -44,6 +44,6 @@ def _untrained(config: RunConfig) -> PreTrainedModel:
     b = config.backbone
     if b.d_model % b.n_heads:
         raise BackboneError(
-            f"d_model = {b.d_model} cannot be split over n_heads = {b.n_heads}. Choose a number of heads that divides it."
+            f"d_model = {b.d_model} cannot be split over n_heads = {b.n_heads}. Choose a divisor as n_heads."
         )
     return build_backbone(config, b.vocabulary_size, eos_token_id=0)

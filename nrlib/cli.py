@@ -137,7 +137,7 @@ def _help(name: str) -> Any:
 
 @app.command()
 def extend(
-    backbone: Annotated[str | None, _help("name")] = None,
+    backbone: Annotated[str | None, _help("backbone_name")] = None,
     original: Annotated[str | None, _help("original")] = None,
     proxy: Annotated[str | None, _help("proxy")] = None,
     unseen_original: Annotated[str | None, _help("unseen_original")] = None,
@@ -167,7 +167,7 @@ def extend(
         typer.echo(command.explain_parameters(profile))
         return
     named = {
-        "name": backbone, "original": original, "proxy": proxy, "unseen_original": unseen_original,
+        "backbone_name": backbone, "original": original, "proxy": proxy, "unseen_original": unseen_original,
         "new_domain": new_domain, "method": method, "mix_ratio": mix_ratio, "learning_rate": learning_rate,
         "n_tokens": n_tokens, "seed": seed,
     }  # fmt: skip

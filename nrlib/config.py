@@ -175,11 +175,11 @@ PROFILES: dict[str, dict[str, Any]] = {
         "n_evaluation_bytes": 10_000, "learning_rate": 1e-2,
     },
     "laptop": {
-        "original": "debian-docs:en", "proxy": "debian-docs:en/libreoffice+gnome", "new_domain": "debian-docs:fr",
+        "original": "debian-docs:en", "proxy": "debian-docs:en/debian+gnome+handbook+installation+libreoffice", "new_domain": "debian-docs:fr",
         "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 120_000, "n_tokens": 819_200,
     },
     "gpu": {
-        "original": "debian-docs:en", "proxy": "debian-docs:en/libreoffice+gnome", "new_domain": "debian-docs:fr",
+        "original": "debian-docs:en", "proxy": "debian-docs:en/debian+gnome+handbook+installation+libreoffice", "new_domain": "debian-docs:fr",
         "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 400_000, "d_model": 512, "n_layers": 12,
         "n_heads": 8, "ffn_width": 1408, "vocabulary_size": 8192, "context_length": 512, "batch_size": 64,
         "pretraining_tokens": 200_000_000, "pretraining_learning_rate": 1e-3, "n_tokens": 20_000_000,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import FIXED_BY_METHOD, METHODS, POSITIONS, SITES, RunConfig, make_config
@@ -11,7 +11,7 @@ from .config import FIXED_BY_METHOD, METHODS, POSITIONS, SITES, RunConfig, make_
 # against the published records.
 TUNED_LEARNING_RATES: dict[str, dict[str, float]] = {
     "smoke": {"fine_tuning": 1e-2, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
-    "laptop": {"fine_tuning": 2e-3, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
+    "laptop": {"fine_tuning": 3e-3, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
 }
 
 # Gates with the local losses that make sense for them, as in the paper's comparison of gates.
@@ -36,14 +36,20 @@ def references(profile: str, seeds: Sequence[int], **changes: Any) -> list[RunCo
     return [arm(profile, "fine_tuning", seed=seed, **changes) for seed in seeds]
 
 
-def methods(
-    profile: str, learning_rates: Sequence[float], seeds: Sequence[int], **changes: Any
+def methods(profile: str, learning_rates: Sequence[float], seed: int, **changes: Any) -> list[RunConfig]:
+    """Every method at every learning rate, with an equal budget of extra weights: the search for the best rates."""
+    return [
+        arm(profile, method, learning_rate=rate, seed=seed, **changes) for method in METHODS for rate in learning_rates
+    ]
+
+
+def repeats(
+    profile: str, best_learning_rates: Mapping[str, float], seeds: Sequence[int], **changes: Any
 ) -> list[RunConfig]:
-    """Every method at every learning rate and seed, with an equal budget of extra weights."""
+    """Every method at its best learning rate, with every seed."""
     return [
         arm(profile, method, learning_rate=rate, seed=seed, **changes)
-        for method in METHODS
-        for rate in learning_rates
+        for method, rate in best_learning_rates.items()
         for seed in seeds
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def apply_method(backbone: PreTrainedModel, config: MethodConfig, seed: int) -> 
     ConfigError
         When the budget does not pay for the smallest adapter, or a layer does not exist.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's, not ours
         torch.manual_seed(seed)
         return BUILDERS[config.method](backbone, config)
 

@@ -65,8 +65,8 @@ def execute_notebook(
 ) -> Path:
     """Execute a notebook and return the path of the executed copy.
 
-    The copy appears under its name only when all cells have run: `<name>.ipynb`, or `<name>-<8 hexadecimal digits>.ipynb`
-    where parameters differ from the notebook's own.
+    The copy appears under its name only when all cells have run: `<name>.ipynb`, or `<name>-<8 hexadecimal
+    digits>.ipynb` where parameters differ from the notebook's own.
 
     Parameters
     ----------
@@ -171,8 +171,8 @@ def _explain(error: BaseException, path: Path, output: Path, *, has_injected_cel
     if isinstance(error, DeadKernelError):
         number = _last_started_cell(output) - int(has_injected_cell)
         return (
-            f"{name}: the kernel died in cell {number}, most often because the memory was full. Close other programs or "
-            "choose a smaller profile, then run the same command again: finished runs are kept."
+            f"{name}: the kernel died in cell {number}, most often because the memory was full. Close other programs "
+            "or choose a smaller profile, then run the same command again: finished runs are kept."
         )
     if isinstance(error, RuntimeError) and "Kernel" in str(error):
         return f"{name}: the kernel of {sys.executable} did not start ({error}). Install ipykernel there and try again."

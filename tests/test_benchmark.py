@@ -26,7 +26,7 @@ def test_every_case_is_measured(result):
     for kind, names in benchmark.CASES.items():
         for name in names:
             row = result[kind][name]
-            values = [*row["tokens_per_second"].values(), *row["ratio"].values()]
+            values = [*row["tokens_per_second"].values(), *row["ratio"].values(), *row["processor_ratio"].values()]
             assert all(math.isfinite(value) and value > 0 for value in values)
             assert 0 <= row["kernel_time_ratio"] <= 1
         assert set(result[kind][benchmark.OURS]["ratio"].values()) == {1.0}

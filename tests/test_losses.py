@@ -162,7 +162,7 @@ def test_activation_checkpointing_changes_nothing(kind, gate, tiny_model):
     model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     n_calls = []
     adapter = LocalLoss(model, kind, BATCH.domain).adapters[0]
-    handle = adapter.register_forward_hook(lambda *_: n_calls.append(1))
+    handle = adapter.register_forward_pre_hook(lambda *_: n_calls.append(1))
     losses, found = step(model, kind)
     handle.remove()
     assert len(n_calls) == 2  # the layer did run again

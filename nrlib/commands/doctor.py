@@ -70,9 +70,7 @@ def _packages() -> Iterator[Check]:
     yield Check("missing" if absent else "ok", "packages", finding, remedy)
     path = project_directory() / "constraints.txt"
     if not path.exists():
-        yield Check(
-            "note", "versions", f"no {path}, so versions were not compared", "Run this in the project's checkout."
-        )
+        yield Check("note", "versions", f"no {path}, so versions were not compared", "Run this in the checkout.")
         return
     pins = read_pins(path)
     others = [
@@ -113,8 +111,8 @@ def _debian_tools() -> Check:
         "note" if absent else "ok",
         "debian-docs",
         f"{' and '.join(absent)} not found" if absent else "apt-get and dpkg-deb are there (root is not needed)",
-        "The corpora debian-docs:… need them, and so does training for the profiles laptop and gpu. Everything else works: "
-        "use synthetic:, file: or hub: corpora, or `make book CORPUS=synthetic`.",
+        "The corpora debian-docs:… need them, and so does training for the profiles laptop and gpu. Everything else "
+        "works: use synthetic:, file: or hub: corpora, or `make book CORPUS=synthetic`.",
     )
 
 
@@ -155,5 +153,5 @@ def _tree() -> Check:
         "note" if is_dirty else "ok",
         "working tree",
         finding,
-        "Records can be published (--publish) from a clean tree only.",
+        "Records can be published from a clean tree only: commit first.",
     )

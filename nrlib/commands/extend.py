@@ -39,9 +39,7 @@ def merge_changes(named: Mapping[str, Any], assignments: Mapping[str, str]) -> d
         if name in changes:
             raise ConfigError(f"{name} is given by an option and by -p {name}={text}. Give it once.")
         if name == "profile":
-            raise ConfigError(
-                f"-p profile={text} comes too late: the other defaults depend on it. Use --profile {text}."
-            )
+            raise ConfigError(f"-p profile={text} comes too late for the other defaults. Use --profile {text}.")
         field = known.get(name)
         if field is not None:
             declared = Parameter(name, type(field.default).__name__, field.default, field.metadata["description"])

@@ -1,0 +1,232 @@
+"""The book: execute the notebooks, build strictly from a staging folder, check the pages.
+
+    python -m nrlib.book --profile laptop
+
+The notebooks in git carry no outputs; the book renders the copies that papermill has executed. They lie in the staging
+folder where their sources lie in the checkout, so that links and labels are the same in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import PROFILES, parameters
+from .errors import NrlibError
+from .pages import check_pages
+from .storage import atomic_directory, project_directory
+
+PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "book")
+# Figures of notebooks that a page of the book shows too: executed by the notebook, captioned there, embedded here.
+SHARED_FIGURES = {"methods": ("fig-methods-plane",)}
+
+
+class BookError(NrlibError):
+    """The book could not be built, or its pages do not pass the checks."""
+
+
+def execute_notebooks(
+    profile: str, folder: Path, changes: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> dict[str, Path]:
+    """Execute the notebooks of the table of contents; their executed copies by name.
+
+    Parameters
+    ----------
+    profile : given to every notebook that has a parameter of that name; the others have defaults that suit any machine.
+    folder : where the executed copies go.
+    changes : further parameters, each given to the notebooks that have it.
+    progress : show progress bars.
+    """
+    from .notebooks import execute_notebook, find_notebook, read_parameters
+
+    executed = {}
+    for name in notebooks_in_contents(project_directory()):
+        declared = read_parameters(find_notebook(name))
+        wanted = {key: value for key, value in {"profile": profile, **(changes or {})}.items() if key in declared}
+        start = time.monotonic()
+        executed[name] = execute_notebook(name, wanted, output_directory=folder, progress=progress)
+        print(f"{name}: executed in {time.monotonic() - start:.0f} s", flush=True)
+    return executed
+
+
+def build_book(executed: Mapping[str, Path], output: Path, *, source: Path | None = None) -> Path:
+    """Build the book from executed notebooks and return its first page.
+
+    Parameters
+    ----------
+    executed : executed copy of each notebook in the table of contents, by name.
+    output : folder of the finished book; replaced only when the build and all checks have passed.
+    source : checkout with `_config.yml`, `_toc.yml` and `book/`; default this one.
+
+    Raises
+    ------
+    BookError
+        For a notebook that is missing or holds an error, a warning of Sphinx, or a page that fails a check.
+    """
+    source = source or project_directory()
+    check_notebooks(executed, notebooks_in_contents(source))
+    with atomic_directory(output.parent / "stage") as stage:
+        stage_book(source, executed, stage)
+        html = _run_jupyter_book(stage)
+        if problems := check_pages(html):
+            raise BookError("The book was built, but its pages have problems:\n" + "\n".join(problems))
+        with atomic_directory(output) as finished:
+            shutil.copytree(html, finished, dirs_exist_ok=True)
+    return output / "index.html"
+
+
+def notebooks_in_contents(source: Path) -> list[str]:
+    """Names of the notebooks in `_toc.yml`, in its order."""
+    contents = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
+    files = [Path(entry) for entry in _files(contents)]
+    return [path.name for path in files if path.parent.name == "notebooks"]
+
+
+def _files(entry: Any) -> Iterator[str]:
+    if isinstance(entry, list):
+        for item in entry:
+            yield from _files(item)
+    elif isinstance(entry, dict):
+        for key, value in entry.items():
+            if key == "file":
+                yield value
+            else:
+                yield from _files(value)
+
+
+def check_notebooks(executed: Mapping[str, Path], expected: list[str]) -> None:
+    """Raise BookError for a notebook without executed copy, an unexecuted cell or an error among the outputs."""
+    problems = []
+    for name in expected:
+        path = executed.get(name)
+        if path is None or not path.is_file():
+            problems.append(f"{name}: there is no executed copy. Run: nrlib run {name}")
+            continue
+        for number, cell in enumerate(_cells(path), 1):
+            if cell["cell_type"] == "code":
+                problems += [f"{name}, cell {number}: {problem}" for problem in _cell_problems(cell)]
+    if problems:
+        raise BookError("The executed notebooks are not fit for the book:\n" + "\n".join(problems))
+
+
+def _cell_problems(cell: dict[str, Any]) -> Iterator[str]:
+    if "".join(cell["source"]).strip() and cell.get("execution_count") is None:
+        yield "was not executed"
+    for output in cell["outputs"]:
+        text = "".join(output.get("text", ""))
+        if output["output_type"] == "error":
+            yield f"{output.get('ename')}: {output.get('evalue')}"
+        elif "Traceback (most recent call last)" in text:
+            yield f"a traceback was printed: {text.strip().splitlines()[-1]}"
+
+
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return cells
+
+
+def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
+    """Lay pages, executed notebooks and generated passages out as in the checkout."""
+    for name in PAGES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, stage / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (source / name).exists():
+            shutil.copy(source / name, stage)
+    (stage / "notebooks").mkdir()
+    for name, path in executed.items():
+        shutil.copy(path, stage / "notebooks" / f"{name}.ipynb")
+    generated = stage / "book" / "_generated"
+    generated.mkdir()
+    (generated / "parameters.md").write_text(parameters_table(), encoding="utf-8")
+    for name, figures in SHARED_FIGURES.items():
+        if name in executed:
+            for figure in figures:
+                _share_figure(_cells(executed[name]), figure, generated)
+
+
+def parameters_table() -> str:
+    """All parameters of a run as a table in Markdown: name, type, default, what is allowed, description."""
+    lines = ["| name | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    for name, field in parameters().items():
+        choices, minimum, maximum = (field.metadata[key] for key in ("choices", "minimum", "maximum"))
+        if choices := tuple(PROFILES) if name == "profile" else choices:
+            allowed = ", ".join(f"`{choice}`" for choice in choices)
+        else:
+            limits = [f"{sign} {limit:g}" for sign, limit in (("≥", minimum), ("≤", maximum)) if limit is not None]
+            allowed = " and ".join(limits) or "any"
+        default = f"`{field.default!r}`" if field.default != "" else "empty"
+        meaning = field.metadata["description"].replace("|", r"\|")
+        lines.append(f"| `{name}` | {type(field.default).__name__} | {default} | {allowed} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _share_figure(cells: list[dict[str, Any]], name: str, folder: Path) -> None:
+    """Write the figure of that name, with the caption and alternative text its notebook gives it, for inclusion."""
+    for cell in cells:
+        labels = cell["metadata"].get("mystnb", {})
+        if labels.get("figure", {}).get("name") != name:
+            continue
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                (folder / f"{name}.png").write_bytes(base64.b64decode("".join(output["data"]["image/png"])))
+                figure = [f"```{{figure}} _generated/{name}.png", f":alt: {labels['image']['alt']}", ":align: center"]
+                figure += [f":name: {name}-shared", "", labels["figure"]["caption"], "```", ""]
+                (folder / f"{name}.md").write_text("\n".join(figure), encoding="utf-8")
+                return
+    raise BookError(f"No executed cell draws the figure {name}, which a page of the book shows.")
+
+
+def _run_jupyter_book(stage: Path) -> Path:
+    """Build with every warning an error; returns the folder of the pages."""
+    arguments = ["build", str(stage), "--all", "-W", "--keep-going", "-n"]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", *arguments]
+    python_path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    settings = {"PYTHONPATH": python_path, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "NO_COLOR": "1"}
+    environment = {**os.environ, **settings}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        printed = done.stdout + done.stderr
+        warnings = [line for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
+        report = "\n".join(warnings or printed.splitlines()[-40:]).replace(f"{stage}{os.sep}", "")
+        raise BookError(f"Jupyter Book stopped:\n{report}")
+    return stage / "_build" / "html"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Execute, build, and say where the book is."""
+    parser = argparse.ArgumentParser(prog="python -m nrlib.book", description="Execute the notebooks, build the book.")
+    parser.add_argument("--profile", choices=list(PROFILES), default="laptop")
+    parser.add_argument("--output", type=Path, default=project_directory() / "build" / "book")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        counts, page = _execute_and_build(options.profile, options.output)
+    except NrlibError as error:
+        raise SystemExit(f"Error: {error}") from error
+    print(f"{counts['loaded']} runs loaded, {counts['trained']} trained, in {(time.monotonic() - start) / 60:.1f} minutes")
+    print(f"The book: {page.absolute().as_uri()}")
+
+
+def _execute_and_build(profile: str, output: Path) -> tuple[dict[str, int], Path]:
+    from .sweep import read_counts
+
+    counts_path = output.parent / "runs.jsonl"
+    counts_path.unlink(missing_ok=True)
+    os.environ["NRLIB_COUNTS"] = str(counts_path.absolute())  # the notebooks' kernels write there
+    executed = execute_notebooks(profile, output.parent / "notebooks")
+    return read_counts(), build_book(executed, output)
+
+
+if __name__ == "__main__":
+    main()
