@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -147,7 +149,18 @@ def _default_workers() -> int:
 
 def _pool(n_workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")  # fork would copy a process whose threads already run
-    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+
+
+def _start_worker(parent: int) -> None:
+    torch.set_num_threads(1)
+
+    def stop_with_parent() -> None:  # a sweep killed from outside must not leave its workers training
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=stop_with_parent, daemon=True).start()
 
 
 @contextmanager
