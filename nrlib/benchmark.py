@@ -172,8 +172,8 @@ def make_case(kind: str, name: str, settings: Settings) -> Case:
     """One round of a case as a function, with its own model."""
     method = name if name in ("fine_tuning", "lora") else OURS
     config = make_config(settings.profile, method=method)
-    device = pick_device()
-    model: nn.Module = build_backbone(config, config.backbone.vocabulary_size, eos_token_id=0).to(device).eval()
+    model: Any = build_backbone(config, config.backbone.vocabulary_size, eos_token_id=0)
+    model.to(pick_device()).eval()
     if name != "bare_backbone":
         model = apply_method(model, config.method, seed=0)
     if kind == "training":
@@ -218,7 +218,7 @@ def train_with_transformers(model: nn.Module, batches: MixedBatches, config: Run
         def get_train_dataloader(self) -> Any:
             return DataLoader(_Steps(batches), batch_size=None)
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             with LocalLoss(model, config.method.local_loss, inputs["domain"]) as collected:
                 logits = model(input_ids=inputs["inputs"], use_cache=False).logits
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), inputs["targets"].flatten())

@@ -12,6 +12,7 @@ import argparse
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,13 +77,13 @@ def build_book(executed: Mapping[str, Path], output: Path, *, source: Path | Non
     """
     source = source or project_directory()
     check_notebooks(executed, notebooks_in_contents(source))
-    with atomic_directory(output.parent / "stage") as stage:
-        stage_book(source, executed, stage)
-        html = _run_jupyter_book(stage)
-        if problems := check_pages(html):
-            raise BookError("The book was built, but its pages have problems:\n" + "\n".join(problems))
-        with atomic_directory(output) as finished:
-            shutil.copytree(html, finished, dirs_exist_ok=True)
+    stage = output.parent / "stage"
+    stage_book(source, executed, stage)
+    html = _run_jupyter_book(stage)
+    if problems := check_pages(html):
+        raise BookError(f"The book was built in {html}, but its pages have problems:\n" + "\n".join(problems))
+    with atomic_directory(output) as finished:
+        shutil.copytree(html, finished, dirs_exist_ok=True)
     return output / "index.html"
 
 
@@ -137,7 +138,9 @@ def _cells(notebook: Path) -> list[dict[str, Any]]:
 
 
 def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
-    """Lay pages, executed notebooks and generated passages out as in the checkout."""
+    """Lay pages, executed notebooks and generated passages out as in the checkout, in an empty folder."""
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
     for name in PAGES:
         if (source / name).is_dir():
             shutil.copytree(source / name, stage / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -192,11 +195,11 @@ def _run_jupyter_book(stage: Path) -> Path:
     arguments = ["build", str(stage), "--all", "-W", "--keep-going", "-n"]
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", *arguments]
     python_path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    settings = {"PYTHONPATH": python_path, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "NO_COLOR": "1"}
+    settings = {"PYTHONPATH": python_path, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
     environment = {**os.environ, **settings}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        printed = done.stdout + done.stderr
+        printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
         warnings = [line for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
         report = "\n".join(warnings or printed.splitlines()[-40:]).replace(f"{stage}{os.sep}", "")
         raise BookError(f"Jupyter Book stopped:\n{report}")

@@ -194,7 +194,9 @@ def mallard_titles(pages: Iterable[bytes]) -> dict[str, str]:
     titles = {}
     for page in pages:
         root = _mallard_root(page)
-        for title in () if root is None else root.iterfind(".//{*}title"):
+        if root is None:
+            continue
+        for title in root.iterfind(".//{*}title"):
             owner = title.getparent()
             if owner is not None and _name(owner) in ("page", "section") and owner.get("id"):
                 key = owner.get("id", "") if owner is root else f"{root.get('id')}#{owner.get('id')}"

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 LABELS = {
     "fine_tuning": "fine-tuning", "lora": "LoRA", "vanilla_adapter": "vanilla adapter",
@@ -19,11 +19,13 @@ LABELS = {
     "proxy": "original domain, proxy", "new": "new domain",
 }  # fmt: skip
 _PALETTE = sns.color_palette("colorblind")
-METHOD_STYLE = {
+METHOD_PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
+_STYLE = {
     "fine_tuning": (_PALETTE[3], "s"), "lora": (_PALETTE[1], "^"),
     "vanilla_adapter": (_PALETTE[2], "D"), "neutral_residues": (_PALETTE[0], "o"),
 }  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 11}
 
 
@@ -44,15 +46,13 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
                 chosen["learning"], chosen["forgetting"], color=color, marker=marker, s=75, edgecolor="white",
                 label=LABELS[method], zorder=3,
             )  # fmt: skip
-            centre = chosen[["learning", "forgetting"]].mean()
-            axes.annotate(
-                LABELS[method], centre, xytext=(8, 7), textcoords="offset points", color=color, fontweight="bold"
-            )
-        _percent(axes, x=True, y=True)
-        axes.set_yscale("symlog", linthresh=0.02)
-        axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+        axes.legend(frameon=False, title="at its best learning rate")
+        axes.set_yscale("symlog", linthresh=0.01)  # linear through zero: forgetting may be negative
+        axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+        axes.minorticks_off()
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
+        axes.set_ylim(min(0.0, 1.3 * table["forgetting"].min()), 1.5 * table["forgetting"].max())
+        _percent(axes, x=True, y=True)
         axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
         axes.set_ylabel("forgetting on the original domain\n(down is better)")
     return figure
@@ -165,6 +165,6 @@ def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_origin
 
 def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
     if x:
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.xaxis.set_major_formatter(_PERCENT)
     if y:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.3g} %"))
+        axes.yaxis.set_major_formatter(_PERCENT)

@@ -145,9 +145,11 @@ def _parse_text(type_name: str, text: str) -> Any:
         if text.lstrip().startswith("["):
             return json.loads(text)
         return [_parse_text(type_name[5:-1], part.strip()) for part in text.split(",")]
-    if not text:
+    if type_name != "bool":
+        return SCALARS[type_name](text)
+    if text.lower() not in _TRUTH:
         raise ValueError
-    return _TRUTH[text.lower()] if type_name == "bool" and text.lower() in _TRUTH else SCALARS[type_name](text)
+    return _TRUTH[text.lower()]
 
 
 def _as_scalar(type_name: str, value: Any) -> Any:

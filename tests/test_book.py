@@ -65,8 +65,8 @@ def small_book(tmp_path: Path) -> Path:
     for name in ("_extensions", "_static"):
         (source / "book" / name).symlink_to(project_directory() / "book" / name)
     (source / "book" / "index.md").write_text(
-        "# Title\n\n$$ a^2 $$ (eq-a)\n\nSee {eq}`eq-a`, [](../notebooks/methods) and "
-        "{glue:text}`../notebooks/methods::number:s`.\n\n```{include} _generated/fig-methods-plane.md\n```\n",
+        "# Title\n\n$$ a^2 $$ (eq-a)\n\nSee {eq}`eq-a`, [](../notebooks/methods.ipynb) and "
+        "{glue:text}`../notebooks/methods.ipynb::number:s`.\n\n```{include} _generated/fig-methods-plane.md\n```\n",
         encoding="utf-8",
     )
     return source

@@ -27,7 +27,9 @@ def other_value(field):
     """A value the parameter allows that is not its default on the smoke profile."""
     current = flat(make_config("smoke"))[field.name]
     if field.metadata["choices"]:
-        return next(choice for choice in field.metadata["choices"] if choice not in (current, "none", "lora", "fine_tuning"))
+        return next(
+            choice for choice in field.metadata["choices"] if choice not in (current, "none", "lora", "fine_tuning")
+        )
     if isinstance(current, str):
         return {"layers": "0"}.get(field.name, "synthetic:cassian")
     return current / 2 if isinstance(current, float) and current else current + 1
@@ -59,7 +61,9 @@ def test_every_parameter_is_part_of_the_name_and_is_described(name):
 
 
 def test_run_ids_are_distinct_and_readable():
-    configs = [make_config("smoke", method=m, seed=s, n_tokens=n) for m in METHODS for s in (0, 1) for n in (1000, 2000)]
+    configs = [
+        make_config("smoke", method=m, seed=s, n_tokens=n) for m in METHODS for s in (0, 1) for n in (1000, 2000)
+    ]
     assert len({config.run_id for config in configs}) == len(configs)
     assert all(f"-s{config.seed}-" in config.run_id for config in configs)
 
@@ -110,11 +114,17 @@ def test_a_configuration_built_by_hand_is_checked_too():
 
 
 def test_arms_of_the_methods():
-    arms = experiments.methods("laptop", [1e-3, 2e-3, 4e-3], [0, 1])
-    assert len({config.run_id for config in arms}) == len(arms) == 4 * 3 * 2
+    arms = experiments.methods("laptop", [1e-3, 2e-3, 4e-3], seed=1)
+    assert len({config.run_id for config in arms}) == len(arms) == 4 * 3
     assert {(c.method.method, c.training.learning_rate, c.seed) for c in arms} == {
-        (m, r, s) for m in METHODS for r in (1e-3, 2e-3, 4e-3) for s in (0, 1)
+        (m, r, 1) for m in METHODS for r in (1e-3, 2e-3, 4e-3)
     }
+    best = {"lora": 1e-3, "neutral_residues": 2e-3}
+    repeated = experiments.repeats("laptop", best, [0, 1])
+    assert sorted((c.method.method, c.training.learning_rate, c.seed) for c in repeated) == [
+        ("lora", 1e-3, 0), ("lora", 1e-3, 1), ("neutral_residues", 2e-3, 0), ("neutral_residues", 2e-3, 1)
+    ]  # fmt: skip
+    assert set(repeated) & set(arms)  # a repeated run of the search is loaded, not trained again
     assert {c.method.extra_ratio for c in arms if c.method.method != "fine_tuning"} == {0.2}
 
 
@@ -122,7 +132,9 @@ def test_weight_zero_is_one_run_for_each_gate():
     weights, seeds = [0, 0.1, 1, 10, 100], [0, 1, 2]
     arms = experiments.gate_sparsity("laptop", weights, seeds)
     gates = {gate for gate, _ in experiments.GATES_AND_LOSSES}
-    assert len({config.run_id for config in arms}) == len(arms) == 3 * (4 * len(experiments.GATES_AND_LOSSES) + len(gates))
+    assert (
+        len({config.run_id for config in arms}) == len(arms) == 3 * (4 * len(experiments.GATES_AND_LOSSES) + len(gates))
+    )
     without = [c for c in arms if c.method.local_loss == "none"]
     assert {c.method.gate for c in without} == gates and {c.method.local_loss_weight for c in without} == {0.0}
 

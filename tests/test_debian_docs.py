@@ -134,6 +134,19 @@ def test_a_run_killed_while_it_extracts_leaves_nothing_half_read(
     assert len(documents) == 3
 
 
+def test_a_run_killed_while_it_writes_leaves_nothing_to_read(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(debian_docs.storage, "_sync", stop)  # all is written, the file has not its name yet
+        load_debian_docs("en/manpages", progress=False)
+    assert not list((tmp_path / "cache").rglob("en.manpages.jsonl"))
+    assert len(load_debian_docs("en/manpages", progress=False)[0]) == 3
+
+
 def test_a_truncated_extraction_is_made_anew(archive: Path, tmp_path: Path) -> None:
     first = load_debian_docs("en/manpages", progress=False)
     (extraction,) = (tmp_path / "cache").rglob("en.manpages.jsonl")

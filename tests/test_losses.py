@@ -19,9 +19,7 @@ from nrlib.training import training_step
 
 B, T, D = 4, 6, 8
 PER_SEQUENCE = torch.tensor([NEW, ORIGINAL, NEW, ORIGINAL])
-PER_TOKEN = torch.tensor(
-    [[ORIGINAL] * 6, [NEW] * 6, [ORIGINAL, NEW, IGNORED, ORIGINAL, NEW, IGNORED], [IGNORED] * 6]
-)
+PER_TOKEN = torch.tensor([[ORIGINAL] * 6, [NEW] * 6, [ORIGINAL, NEW, IGNORED, ORIGINAL, NEW, IGNORED], [IGNORED] * 6])
 DOMAINS = pytest.mark.parametrize("domain", [PER_SEQUENCE, PER_TOKEN], ids=["per sequence", "per token"])
 
 
@@ -87,7 +85,9 @@ def test_domain_cross_entropy_is_the_mean_over_layers_and_all_tokens_but_padding
                     terms.append(-math.log(is_new if domain_of(domain, b, t) == NEW else 1 - is_new))
     with LocalLoss(model, "domain_cross_entropy", domain) as local_loss:
         model(x)
-    assert len(terms) == 3 * (domain.expand(B, T) if domain.dim() == 2 else domain[:, None].expand(B, T)).ne(IGNORED).sum()
+    assert (
+        len(terms) == 3 * (domain.expand(B, T) if domain.dim() == 2 else domain[:, None].expand(B, T)).ne(IGNORED).sum()
+    )
     assert local_loss.mean().item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 

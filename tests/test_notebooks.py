@@ -1,4 +1,4 @@
-"""Notebooks: the parameters cell is read strictly, values are checked before anything runs, a copy is whole or absent."""
+"""Notebooks: parameters are read strictly, values checked before anything runs, and a copy is whole or absent."""
 
 from __future__ import annotations
 
@@ -29,13 +29,11 @@ is_shown = False  # type: bool  whether the figure is shown
 
 
 def write_notebook(path, parameters, *cells):
-    def code(source, tags=()):
-        return {
-            "cell_type": "code", "id": f"cell-{abs(hash(source)) % 10**8}", "metadata": {"tags": list(tags)}, "source": source,
-            "outputs": [], "execution_count": None,
-        }  # fmt: skip
-
-    content = [code(parameters, ["parameters"]), *map(code, cells)]
+    content = [
+        {"cell_type": "code", "id": f"cell-{n}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+        for n, source in enumerate((parameters, *cells))
+    ]
+    content[0]["metadata"] = {"tags": ["parameters"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     path.write_text(json.dumps({"cells": content, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
@@ -96,7 +94,7 @@ def test_a_notebook_needs_one_parameters_cell(tmp_path):
     path = tmp_path / "none.ipynb"
     for content in ('{"cells": [], "metadata": {}}', "no json", "[]"):
         path.write_text(content)
-        with pytest.raises(ConfigError, match="none.ipynb"):
+        with pytest.raises(ConfigError, match=r"none\.ipynb"):
             read_parameters(path)
 
 
@@ -210,20 +208,23 @@ def test_an_unknown_notebook_names_those_there_are(monkeypatch, tmp_path):
     monkeypatch.setattr(notebooks, "project_directory", lambda: tmp_path)
     study = write_notebook(tmp_path / "notebooks" / "study.ipynb", CELL)
     assert find_notebook("study") == find_notebook("study.ipynb") == find_notebook(study) == study
-    with pytest.raises(ConfigError, match="no notebook 'studies'.*Allowed: study"):
+    with pytest.raises(ConfigError, match=r"no notebook 'studies'.*Allowed: study"):
         find_notebook("studies")
 
 
 def test_one_notebook_end_to_end(tmp_path, monkeypatch):
-    """Executed with a change: right kernel, folder and environment; whole copy and page; then a failure keeps both."""
+    """Executed with a change: kernel, folder and environment are right, copy and page whole; then a failure."""
     facts = (
-        "import json, os, sys, nrlib\nfrom ipykernel.connect import get_connection_info\n"
+        "import importlib.util, json, os, sys\nfrom ipykernel.connect import get_connection_info\n"
+        "assert importlib.util.find_spec('nrlib')\n"
         "print('progress', file=sys.stderr)\n"
-        "print(json.dumps([sys.executable, os.getcwd(), os.environ['NRLIB_PUBLISH'], n_tokens,\n"
+        "print(json.dumps([sys.executable, os.getcwd(), os.environ.get('NRLIB_PUBLISH'), n_tokens,\n"
         "                  get_connection_info(unpack=True)['transport']]))"
     )
     failure = "if n_tokens == 2:\n    raise ValueError('first line\\nthe last line')"
-    study = write_notebook(tmp_path / "study.ipynb", "n_tokens = 1  # type: int  tokens", facts, failure, "print('end')")
+    study = write_notebook(
+        tmp_path / "study.ipynb", "n_tokens = 1  # type: int  tokens", facts, failure, "print('end')"
+    )
     output = tmp_path / "build"
     monkeypatch.setattr(notebooks, "_check_publishable", lambda name: None)
     monkeypatch.chdir(project_directory())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import peft
 import pytest
@@ -88,6 +89,12 @@ def test_placement(family, position, site, tiny_model):
         assert torch.equal(logits(model), before)
 
 
+def keep(seen, name, module, args, kwargs, output):
+    """A forward hook that stores a block's input and output."""
+    x = args[0] if args else kwargs["hidden_states"]
+    seen[name] = x, output[0] if isinstance(output, tuple) else output
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("site", SITES)
 def test_where_the_residue_is_added(family, site, tiny_model):
@@ -97,16 +104,8 @@ def test_where_the_residue_is_added(family, site, tiny_model):
         layer = next(module for module in model.modules() if isinstance(module, NeutralResiduesLayer))
         adapter = layer.neutral_residues_adapters["default"]
         seen = {}
-
-        def keep(name):
-            def hook(module, args, kwargs, output):
-                x = args[0] if args else kwargs["hidden_states"]
-                seen[name] = x, output[0] if isinstance(output, tuple) else output
-
-            return hook
-
         handles = [
-            module.register_forward_hook(keep(name), with_kwargs=True)
+            module.register_forward_hook(partial(keep, seen, name), with_kwargs=True)
             for name, module in (("layer", layer), ("block", layer.base_layer))
         ]
         logits(model)
@@ -228,7 +227,7 @@ def test_impossible_layers(layers, words, tiny_model):
 @pytest.mark.parametrize("site", SITES)
 def test_extra_weights_come_within_one_unit_of_width_of_the_budget(family, site, tiny_model):
     choices = itertools.product((*LAYER_CHOICES, "0,2"), ("none", "relu"))
-    for (layers, gate), ratio in zip(choices, itertools.cycle((0.05, 0.2, 1.0))):  # noqa: B905
+    for (layers, gate), ratio in zip(choices, itertools.cycle((0.05, 0.2, 1.0))):
         with torch.device("meta"):
             backbone = tiny_model(family)
         n_backbone = sum(p.numel() for p in backbone.parameters())
@@ -245,15 +244,13 @@ def test_lora_rank_follows_from_the_budget(ratio, tiny_model):
     backbone = tiny_model()
     n_backbone, (d, h) = count_weights(backbone), (16, 32)
     per_rank = 3 * (4 * 2 * d + 3 * (d + h))  # three layers of four attention and three feed-forward matrices
-    extra = count_extra_weights(
-        apply_method(backbone, MethodConfig(method="lora", extra_ratio=ratio), 0), n_backbone
-    )
+    extra = count_extra_weights(apply_method(backbone, MethodConfig(method="lora", extra_ratio=ratio), 0), n_backbone)
     assert ratio * n_backbone - per_rank < extra <= ratio * n_backbone
 
 
 def test_a_budget_below_one_unit_of_width_names_the_smallest_that_works(tiny_model):
     for method, options in (("neutral_residues", {}), ("lora", {})):
-        with pytest.raises(ConfigError, match="extra_ratio = 0.001 is too small") as caught:
+        with pytest.raises(ConfigError, match=r"extra_ratio = 0\.001 is too small") as caught:
             apply_method(tiny_model(), MethodConfig(method=method, extra_ratio=0.001, **options), 0)
         smallest = float(str(caught.value).split("Give at least ")[1].split(",")[0].rstrip("."))
         apply_method(tiny_model(), MethodConfig(method=method, extra_ratio=smallest * 1.05, **options), 0)
@@ -273,7 +270,7 @@ def test_named_targets_are_wrapped_and_a_wrong_one_is_an_error(tiny_model):
     model = extended(tiny_model(), target_modules=["model.layers.1.mlp"])
     assert sum(isinstance(module, NeutralResiduesLayer) for module in model.modules()) == 1
     backbone = tiny_model()
-    with pytest.raises(ConfigError, match="model.layers.7.mlp"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.7\.mlp"):
         extended(backbone, target_modules=["model.layers.1.mlp", "model.layers.7.mlp"])
     assert not any(isinstance(module, NeutralResiduesLayer) for module in backbone.modules())
 
@@ -287,7 +284,10 @@ def test_a_family_whose_blocks_are_not_found_says_what_the_layers_hold():
     with pytest.raises(BackboneError, match="fc1") as caught:
         find_blocks(model, "ffn")
     assert "target_modules" in str(caught.value) and "OPTForCausalLM" in str(caught.value)
-    assert find_blocks(model, "attention").names == ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.self_attn")
+    assert find_blocks(model, "attention").names == (
+        "model.decoder.layers.0.self_attn",
+        "model.decoder.layers.1.self_attn",
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,9 @@ def saved(tiny_model, tmp_path):
 
 
 # Some names are also parts of the keys that are saved.
-@pytest.mark.parametrize("name", ["default", "french", "weight", "input_projection", "layers", "neutral_residues_adapters"])
+@pytest.mark.parametrize(
+    "name", ["default", "french", "weight", "input_projection", "layers", "neutral_residues_adapters"]
+)
 def test_loading_under_another_name(name, saved, tiny_model):
     folder, expected = saved
     model = PeftModel.from_pretrained(tiny_model(), folder, adapter_name=name).eval()

@@ -132,7 +132,9 @@ def test_no_global_random_state(name):
             called = ast.unparse(node.func)
             assert not called.startswith("np.random.") or called in ("np.random.default_rng", "np.random.Generator", "np.random.PCG64"), called  # fmt: skip
             assert called not in ("random.seed", "torch.seed", "np.random.seed")
-    forks = [n for n in ast.walk(tree) if isinstance(n, ast.With) and "fork_rng" in ast.unparse(n.items[0])]
+    forks = [
+        n for n in ast.walk(tree) if isinstance(n, ast.With) and any("fork_rng" in ast.unparse(i) for i in n.items)
+    ]
     inside = {id(n) for fork in forks for n in ast.walk(fork)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.manual_seed":

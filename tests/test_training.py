@@ -208,10 +208,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model):
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
     before = weights(model)
-    with pytest.raises(FloatingPointError, match="learning_rate = 0.01"):
+    with pytest.raises(FloatingPointError, match=r"learning_rate = 0\.01"):
         run(model, Hooks(save=saved.append, seconds_between_saves=0.0))
     assert not saved
-    assert all(torch.equal(value, before[key], ) or value.isnan().all() for key, value in weights(model).items())
+    assert all(
+        torch.equal(
+            value,
+            before[key],
+        )
+        or value.isnan().all()
+        for key, value in weights(model).items()
+    )
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_lost(tiny_model):

@@ -1,7 +1,7 @@
 """A Sphinx extension: the docstrings' plain conventions, said in reStructuredText.
 
 `name : description` in a list of parameters carries a description, not a type, since types stand in the signature; an
-indented passage is code; bars and stars are themselves.
+indented passage is code; a bar is a bar.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ def translate(lines: list[str]) -> list[str]:
 
 
 def _escape(line: str) -> str:
-    """Escape bars, stars and trailing underscores outside `code`."""
+    """Escape bars and trailing underscores outside `code`, and let a letter follow `code` at once."""
     parts = line.split("`")
-    plain = (re.sub(r"([|*]|_(?=\W|$))", r"\\\1", part) for part in parts[::2])
-    return "`".join(part for pair in zip(plain, [*parts[1::2], None], strict=True) for part in pair if part is not None)
+    for index in range(0, len(parts), 2):
+        plain = re.sub(r"([|]|_(?=\W|$))", r"\\\1", parts[index])
+        parts[index] = "\\ " + plain if index and plain[:1].isalnum() else plain
+    return "`".join(parts)
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     if name.startswith("nrlib"):
         lines[:] = translate(lines)
+        if what in ("attribute", "data"):
+            lines.insert(0, "")  # in a first line, napoleon takes what stands before a colon for a type
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""Set-up files that must agree with each other and with the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import nrlib
+from nrlib.storage import project_directory
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = project_directory()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ("3.10.0", "3.11.0", "3.11.9", "3.12.0", "3.13.0")
+IMPORT_NAMES = {"pyyaml": "yaml"}  # where the package has another name than what is imported
+
+
+def pins(python: str) -> dict[str, str]:
+    """Pinned versions that hold for a Python on Linux; fails on a name that is pinned twice."""
+    environment = {**default_environment(), "sys_platform": "linux", "os_name": "posix"}
+    environment |= {"python_full_version": python, "python_version": ".".join(python.split(".")[:2])}
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", f"{line} is not an exact pin"
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} is pinned twice on Python {python}"
+            found[name] = specifier.version
+    return found
+
+
+def direct_requirements() -> list[Requirement]:
+    extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *extras]]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_direct_dependency_is_pinned_within_its_range(python: str) -> None:
+    pinned = pins(python)
+    for requirement in direct_requirements():
+        version = pinned[canonicalize_name(requirement.name)]
+        assert Version(version) in requirement.specifier, f"{requirement} does not allow the pinned {version}"
+
+
+def test_conda_environment_is_the_pip_installation() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    python, conda_pip = conda  # everything else would be a second place for versions
+    assert conda_pip == "pip"
+    assert Version(python.removeprefix("python=")) in Requirement(f"python{PROJECT['requires-python']}").specifier
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (install,) = re.findall(r"pip install --quiet (-c \S+) (-e) '(\S+)'", makefile)
+    assert pip == [install[0], " ".join(install[1:])]
+
+
+def test_everything_imported_is_declared() -> None:
+    imported = set()
+    for path in (ROOT / "nrlib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    names = [canonicalize_name(requirement.name) for requirement in direct_requirements()]
+    declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+    transitive = {"jupyter_client", "traitlets", "sphinx"}  # parts of papermill and of jupyter-book
+    assert imported - set(sys.stdlib_module_names) - declared - transitive <= {"nrlib"}
+
+
+def test_versions_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == nrlib.__version__
+    assert citation["license"] == PROJECT["license"] == "MIT"
+
+
+def test_continuous_integration_runs_the_tests() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    assert ".ci/run" in workflow
+    for action in re.findall(r"uses: (\S+)", workflow):
+        assert re.fullmatch(r"\S+@[0-9a-f]{40}", action), f"{action} is not pinned by its hash"
+
+
+def test_no_path_or_host_of_one_machine() -> None:
+    for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile"):
+        text = Path(ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"https?://|file://|--(extra-)?index-url|/home/|/root/|/tmp/", text), name
