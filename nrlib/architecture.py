@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from .config import LAYER_CHOICES
 from .errors import BackboneError, ConfigError
@@ -129,8 +130,8 @@ def lora_rank_for_budget(model: nn.Module, extra_ratio: float) -> int:
         When the budget does not pay for rank 1.
     """
     output_layer = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output_layer]
-    per_rank = sum(m.in_features + m.out_features for m in linears)
+    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not output_layer]
+    per_rank = sum(sum(m.weight.shape) for m in linears)
     n_backbone = count_weights(model)
     rank = int(extra_ratio * n_backbone // per_rank)
     if rank < 1:

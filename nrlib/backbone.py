@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ import torch
 
 from .batches import MixedBatches
 from .config import RunConfig, TrainingConfig
-from .errors import BackboneError
+from .errors import BackboneError, ConfigError
 from .losses import ORIGINAL
-from .machine import pick_device
+from .machine import pick_device, seeded
 from .storage import atomic_directory, atomic_path, cache_directory, fingerprint
 from .texts import PreparedText
 from .training import Hooks, train
@@ -73,10 +74,14 @@ def check_is_causal(model: PreTrainedModel, name: str) -> None:
         if not torch.allclose(logits[0], logits[1], atol=1e-3):
             problem = "lets a token see the tokens after it, as masked language models do"
     if problem:
-        raise BackboneError(
-            f"{name!r} ({type(model).__name__}) {problem}; neutral residues here extend causal language models only. "
-            "Choose a decoder such as Llama, Gemma, Mistral, Qwen or GPT-2."
-        )
+        raise BackboneError(_not_causal(model, name, problem))
+
+
+def _not_causal(model: PreTrainedModel, name: str, problem: str) -> str:
+    return (
+        f"{name!r} ({type(model).__name__}) {problem}; neutral residues here extend causal language models only. "
+        "Choose a decoder such as Llama, Gemma, Mistral, Qwen or GPT-2."
+    )
 
 
 def backbone_directory(config: RunConfig, text: PreparedText) -> Path:
@@ -103,24 +108,34 @@ def build_backbone(config: RunConfig, vocabulary_size: int, eos_token_id: int) -
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(b.pretraining_seed)
+    with seeded(b.pretraining_seed):
         return LlamaForCausalLM(shape)
 
 
 def backbone_shape(config: RunConfig) -> PreTrainedModel:
     """The backbone on the meta device: modules and sizes without weights, so that a mistake costs no work."""
-    if not config.backbone.backbone_name:
+    b = config.backbone
+    if not b.backbone_name:
+        if b.d_model % (2 * b.n_heads):
+            raise ConfigError(
+                f"n_heads = {b.n_heads} does not split d_model = {b.d_model} into heads of an even width, which rotary "
+                "positions need. Choose n_heads so that d_model is a multiple of 2 · n_heads."
+            )
         with torch.device("meta"):
-            return build_backbone(config, config.backbone.vocabulary_size, 0)
+            return build_backbone(config, b.vocabulary_size, 0)
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     try:
-        shape = AutoConfig.from_pretrained(config.backbone.backbone_name)
+        shape = AutoConfig.from_pretrained(b.backbone_name)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape)
+            model = AutoModelForCausalLM.from_config(shape)
     except Exception as error:
-        raise BackboneError(_why_not_loaded(config.backbone.backbone_name, error)) from error
+        raise BackboneError(_why_not_loaded(b.backbone_name, error)) from error
+    # Masked models load as causal ones and see the future all the same. The test proper needs weights: `check_is_causal`.
+    if shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False):
+        raise BackboneError(_not_causal(model, b.backbone_name, "is a masked language model"))
+    return model
 
 
 def _pretrain(config: RunConfig, text: PreparedText, folder: Path, progress: bool) -> None:
@@ -163,11 +178,20 @@ def checkpoint_hooks(name: str, **hooks: Any) -> Hooks:
     path = _checkpoint_path(name)
 
     def save(state: dict[str, Any]) -> None:
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+        with atomic_path(path) as temporary, open(temporary, "wb") as handle:  # a handle reports a full disk in words
+            torch.save(state, handle)
 
     def load() -> dict[str, Any] | None:
-        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever a damaged archive makes torch and pickle raise
+            warnings.warn(
+                f"The checkpoint {path} is damaged ({type(error).__name__}); the run starts over.", stacklevel=2
+            )
+            path.unlink()
+            return None
 
     return Hooks(save=save, load=load, **hooks)
 

@@ -39,8 +39,8 @@ def _untrained(config: RunConfig) -> PreTrainedModel:
     """A model of the backbone's shape: the budget and the layers depend on nothing else."""
     from .backbone import build_backbone, load_backbone
 
-    if config.backbone.name:
-        return load_backbone(config.backbone.name)
+    if config.backbone.backbone_name:
+        return load_backbone(config.backbone.backbone_name)
     b = config.backbone
     if b.d_model % b.n_heads:
         raise BackboneError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,6 +221,7 @@ def make_config(profile: str = "smoke", **changes: Any) -> RunConfig:
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ConfigError(f"{name} is not a parameter of a run.{hint} Allowed: {', '.join(sorted(known))}.")
     method = changes.get("method", "neutral_residues")
+    check_value("method", method, known["method"])
     fixed = FIXED_BY_METHOD.get(method, {})
     for name, value in fixed.items():
         if name in changes and changes[name] not in (value, None):
@@ -250,7 +252,7 @@ def config_from_dict(stored: Mapping[str, Any]) -> RunConfig:
 
 def check_layers(layers: str) -> None:
     """Raise ConfigError unless `layers` is a known choice or a comma-separated list of indices."""
-    if layers in LAYER_CHOICES or all(part.strip().isdigit() for part in layers.split(",")):
+    if layers in LAYER_CHOICES or all(part.strip().isdecimal() for part in layers.split(",")):
         return
     raise ConfigError(
         f"layers = {layers!r} is not allowed. Give one of {', '.join(LAYER_CHOICES)}, or layer indices separated by "
@@ -261,7 +263,9 @@ def check_layers(layers: str) -> None:
 def _coerce(f: dataclasses.Field[Any], value: Any) -> Any:
     # A literal 1 for a float and [0, 2] for a list of layers are what people type.
     if f.name == "layers" and isinstance(value, (list, tuple)):
-        return ",".join(str(index) for index in value)
+        value = ",".join(str(index) for index in value)
+    if f.name == "layers" and isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(",")):
+        return ",".join(str(index) for index in sorted(int(part) for part in value.split(",")))  # one run, one name
     if isinstance(f.default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
@@ -285,7 +289,7 @@ def check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
     if choices and value not in choices:
         raise ConfigError(f"{name} = {value!r} is not allowed. Choose one of: {', '.join(choices)}.")
     too_low = minimum is not None and not value >= minimum  # "not >=" also catches NaN
-    too_high = maximum is not None and not value <= maximum
+    too_high = (maximum is not None and not value <= maximum) or value == math.inf
     if too_low or too_high:
-        span = f"between {minimum:g} and {maximum:g}" if maximum is not None else f"at least {minimum:g}"
+        span = f"between {minimum:g} and {maximum:g}" if maximum is not None else f"at least {minimum:g} and finite"
         raise ConfigError(f"{name} = {value!r} is out of range: it must be {span} ({f.metadata['description']}).")

@@ -19,8 +19,7 @@ LABELS = {
     "proxy": "original domain, proxy", "new": "new domain",
 }  # fmt: skip
 _PALETTE = sns.color_palette("colorblind")
-METHOD_PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
-_STYLE = {
+METHOD_STYLE = {
     "fine_tuning": (_PALETTE[3], "s"), "lora": (_PALETTE[1], "^"),
     "vanilla_adapter": (_PALETTE[2], "D"), "neutral_residues": (_PALETTE[0], "o"),
 }  # fmt: skip

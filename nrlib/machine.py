@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -61,6 +62,22 @@ def _cpu_multiplies_bfloat16() -> bool:
         return False
 
 
+_RANDOM_STATE_LOCK = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers follow from `seed`; afterwards they go on as before. One thread at a time: the
+    state belongs to the process, and the runs of a sweep may share one."""
+    with _RANDOM_STATE_LOCK, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+_FLOAT32_ATTENTION = {"n_users": 0}  # runs in threads of one process share transformers' registry
+_FLOAT32_ATTENTION_LOCK = threading.Lock()
+
+
 @contextmanager
 def attention_in_float32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Inside, `transformers` models on a processor compute their attention in float32 where autocast would not.
@@ -73,17 +90,27 @@ def attention_in_float32(device: torch.device, dtype: torch.dtype) -> Iterator[N
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def in_float32(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            return fused(module, q.float(), k.float(), v.float(), *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = in_float32  # on this instance only, over the registered one
+    with _FLOAT32_ATTENTION_LOCK:
+        if _FLOAT32_ATTENTION["n_users"] == 0:
+            _replace_sdpa(ALL_ATTENTION_FUNCTIONS)
+        _FLOAT32_ATTENTION["n_users"] += 1
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        with _FLOAT32_ATTENTION_LOCK:
+            _FLOAT32_ATTENTION["n_users"] -= 1
+            if _FLOAT32_ATTENTION["n_users"] == 0:
+                del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _replace_sdpa(registry: Any) -> None:
+    fused = registry["sdpa"]
+
+    def in_float32(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return fused(module, q.float(), k.float(), v.float(), *args, **kwargs)
+
+    registry["sdpa"] = in_float32  # on this instance only, over the registered one
 
 
 def describe_device(device: torch.device) -> str:

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from .architecture import lora_rank_for_budget
 from .config import MethodConfig
+from .machine import seeded
 from .peft_method import NeutralResiduesConfig
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ def apply_method(backbone: PreTrainedModel, config: MethodConfig, seed: int) -> 
     ConfigError
         When the budget does not pay for the smallest adapter, or a layer does not exist.
     """
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's, not ours
-        torch.manual_seed(seed)
         return BUILDERS[config.method](backbone, config)
 
 

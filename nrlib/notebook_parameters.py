@@ -29,7 +29,7 @@ SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool
 TYPES = (*SCALARS, "list[int]", "list[float]", "list[str]")
 LINE = "name = literal  # type: x  what it means"
 
-_ALIASES = {"backbone": "name"}  # what a run parameter is called in a notebook, where its own name says too little
+_ALIASES = {"backbone": "backbone_name"}  # what a run parameter is called in a notebook, where its own name says too little
 _CORPORA = ("original", "proxy", "new_domain", "unseen_original", "corpus")
 _TRUTH = {"true": True, "false": False}
 
@@ -192,7 +192,7 @@ def _resolve(parameter: Parameter, value: Any) -> Any:
             value = f"file:{Path(value.removeprefix('file:')).expanduser().absolute()}" if value != "file:" else value
         if value or not (singular == "proxy" or parameter.default == ""):
             check_spec(value)
-    elif singular == "name" and value and Path(value).is_dir():
+    elif singular == "backbone_name" and value and Path(value).is_dir():
         value = str(Path(value).absolute())
     return value
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -75,6 +76,26 @@ class NeutralResiduesConfig(PeftConfig):
                 "local_loss = 'domain_cross_entropy' trains the block gate as a domain classifier, but gate = 'none'. "
                 "Choose gate = 'sigmoid' (the paper's pairing), or local_loss = 'l1' or 'none'."
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the options, and into the model card what to import before loading them."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+        if _CARD not in text:
+            card.write_text(text + _CARD, encoding="utf-8")
+
+
+_CARD = """
+
+## Loading
+
+These are neutral residues (https://arxiv.org/abs/2410.02744), a PEFT method of the package `nrlib`. Import it first:
+
+    import nrlib
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(backbone, "<this folder>")
+"""
 
 
 class NeutralResiduesLayer(nn.Module, BaseTunerLayer):

@@ -76,6 +76,15 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
+def check_publishable() -> None:
+    """Raise RecordError if records are to be published from a tree with uncommitted changes."""
+    if os.environ.get("NRLIB_PUBLISH") == "1" and git_state()[1]:
+        raise RecordError(
+            "Records cannot be published: the working tree has uncommitted changes, so no commit describes the code "
+            "that would make them. Commit first, or run without --publish."
+        )
+
+
 def save_record(record: Record) -> Path:
     """Write a record: with NRLIB_PUBLISH=1 under data/results/, else into the cache.
 

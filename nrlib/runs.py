@@ -15,7 +15,7 @@ from .corpora import check_spec
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
 from .methods import apply_method, count_extra_weights
-from .records import Record, collect_provenance, load_record, save_record
+from .records import Record, check_publishable, collect_provenance, load_record, save_record
 from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
 from .training import TrainingState, train
 
@@ -24,6 +24,7 @@ def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True)
     """The stored record of `config`, or a new run of it."""
     record = load_record(config)
     if record is None:
+        check_publishable()
         record = run(config, notebook=notebook, progress=progress)
         save_record(record)
         delete_checkpoint(config.run_id)
@@ -50,6 +51,7 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
     """Train and measure, without storing the result."""
     check_run(config)
     text = prepare_text(config.data, config.backbone, progress)
+    make_batches(config, text)  # text that is too short costs no backbone
     backbone = get_backbone(config, text, progress)
     n_backbone = count_weights(backbone)
     model, state = extend(config, text, backbone, progress)
@@ -73,12 +75,16 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance)
 
 
-def extend(
-    config: RunConfig, text: PreparedText, backbone: nn.Module, progress: bool = True
-) -> tuple[nn.Module, TrainingState]:
-    """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
-    c, method = config.training, config.method
-    batches = MixedBatches(
+def make_batches(config: RunConfig, text: PreparedText) -> MixedBatches:
+    """The training data of a run.
+
+    Raises
+    ------
+    CorpusError
+        When the text is too short for one batch.
+    """
+    c = config.training
+    return MixedBatches(
         text.new,
         text.proxy,
         mix_ratio=c.mix_ratio,
@@ -87,6 +93,14 @@ def extend(
         context_length=c.context_length,
         seed=config.seed,
     )
+
+
+def extend(
+    config: RunConfig, text: PreparedText, backbone: nn.Module, progress: bool = True
+) -> tuple[nn.Module, TrainingState]:
+    """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
+    c, method = config.training, config.method
+    batches = make_batches(config, text)
     model = apply_method(backbone, method, config.seed)
 
     def measure() -> dict[str, float]:
@@ -119,7 +133,7 @@ def _n_steps(config: RunConfig) -> int:
 
 def backbone_metrics(config: RunConfig, text: PreparedText) -> dict[str, float]:
     """Bits per byte of the backbone on every held-out text; kept in memory, since all runs of a sweep share it."""
-    key = (config.data, config.backbone, config.training.context_length)
+    key = (config.data, config.backbone, config.training.context_length, config.training.precision)
     if key not in _BACKBONE_METRICS:
         backbone = get_backbone(config, text, progress=False)
         _BACKBONE_METRICS[key] = {

@@ -63,10 +63,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         _sync(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        if reason := _why_not_written(error, path):
             raise StorageError(
-                f"Could not write {path}: {error.strerror}. Nothing was left half-written. Free some space or set "
+                f"Could not write {path}: {reason}. Nothing was left half-written. Free some space or set "
                 f"NRLIB_CACHE to a folder with room (now {cache_directory()}), then run the same command again: "
                 "what was finished is kept."
             ) from error
@@ -91,10 +91,10 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        if reason := _why_not_written(error, path):
             raise StorageError(
-                f"Could not write {path}: {error.strerror}. Nothing was left half-written; free some space and run again."
+                f"Could not write {path}: {reason}. Nothing was left half-written; free some space and run again."
             ) from error
         raise
     finally:
@@ -105,6 +105,17 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _why_not_written(error: Exception, path: Path) -> str:
+    """What the system refused, or '' for an error of another kind. Writers in C++ and Rust raise no OSError."""
+    if isinstance(error, OSError) and error.errno is not None:
+        refused = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        return (error.strerror or str(error)) if error.errno in refused else ""
+    if isinstance(error, StorageError):
+        return ""
+    is_full = path.parent.exists() and shutil.disk_usage(path.parent).free < 1 << 20
+    return "No space left on device" if is_full or "No space left on device" in str(error) else ""
 
 
 def _sync(path: Path) -> None:

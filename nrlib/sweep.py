@@ -23,8 +23,8 @@ from .backbone import get_backbone
 from .config import RunConfig
 from .errors import NrlibError
 from .machine import pick_device
-from .records import Record, load_record
-from .runs import check_run, run, run_or_load
+from .records import Record, check_publishable, load_record
+from .runs import check_run, make_batches, run, run_or_load
 from .storage import project_directory
 from .texts import prepare_text
 
@@ -66,6 +66,7 @@ def sweep(
     for config in missing:
         check_run(config)
     if missing:
+        check_publishable()
         _prepare(missing, progress)
         bar = tqdm(total=len(arms), initial=n_loaded, desc=f"runs {notebook}".strip(), unit="run", disable=not progress)
         for run_id, outcome in _outcomes(missing, notebook, n_workers, executor):
@@ -90,6 +91,8 @@ def sweep(
 
 def _prepare(configs: Sequence[RunConfig], progress: bool) -> None:
     """Text and backbones once, here, with all threads, instead of once in every worker."""
+    for config in configs:
+        make_batches(config, prepare_text(config.data, config.backbone, progress))
     for config in {(c.data, c.backbone, c.training.context_length, c.training.precision): c for c in configs}.values():
         get_backbone(config, prepare_text(config.data, config.backbone, progress), progress)
 
@@ -106,15 +109,17 @@ def _outcomes(
             yield config.run_id, _run_here(config, notebook)
         return
     waiting = {config.run_id: config for config in configs}
-    for attempt in range(N_TRIES):
+    for _ in range(N_TRIES):
         with _worker_environment(), _pool(n_workers) as pool:
             for run_id, outcome in _submit(pool, list(waiting.values()), notebook):
-                if isinstance(outcome, BrokenProcessPool) and attempt + 1 < N_TRIES:
-                    continue
-                del waiting[run_id]
-                yield run_id, outcome
+                if not isinstance(outcome, BrokenProcessPool):
+                    del waiting[run_id]
+                    yield run_id, outcome
         if not waiting:
             return
+    for config in waiting.values():  # one of these kills its workers: a pool for each, so that it takes no other along
+        with _worker_environment(), _pool(1) as pool:
+            yield from _submit(pool, [config], notebook)
 
 
 def _submit(

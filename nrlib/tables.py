@@ -76,7 +76,7 @@ def at_best_rate(table: pd.DataFrame) -> pd.DataFrame:
 
 def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean over seeds, lowest and highest, of forgetting and learning, and the number of seeds."""
-    grouped = table.groupby(list(by), observed=True, sort=False)
+    grouped = table.groupby(list(by), observed=True)
     return grouped.agg(
         seeds=("seed", "nunique"),
         forgetting=("forgetting", "mean"),

@@ -129,7 +129,7 @@ def train(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = _resume(hooks, trainable, optimizer)
     n_steps, tokens_per_step = batches.n_steps, batches.batch_size * batches.context_length
-    record_every = max(1, n_steps // N_CURVE_POINTS)
+    record_every = max(1, -(-n_steps // N_CURVE_POINTS))
     measure_every = max(1, n_steps // max(1, hooks.n_measurements))
     start, last_save = time.perf_counter() - state.seconds, time.perf_counter()
     bar = tqdm(total=n_steps, initial=state.step, desc=description, disable=not progress, unit="step", leave=False)
@@ -144,6 +144,11 @@ def train(
                 "probably too high for this method."
             )
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_gradient_norm)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient became {float(norm)} at step {step} of {n_steps}: learning_rate = "
+                f"{config.learning_rate:g} is probably too high for this method."
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step, state.seconds = step + 1, time.perf_counter() - start

@@ -113,7 +113,7 @@ def _save(model: nn.Module, config: RunConfig, text: PreparedText, folder: Path)
         if not isinstance(model, PeftModel):
             model.save_pretrained(temporary)  # type: ignore[operator]
             return
-        if not config.backbone.name:
+        if not config.backbone.backbone_name:
             get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
             model.peft_config["default"].base_model_name_or_path = str(folder.absolute() / "backbone")
         model.save_pretrained(str(temporary), save_embedding_layers=False)  # no method here trains them apart
@@ -123,7 +123,7 @@ def _how_to_load(config: RunConfig, folder: Path) -> str:
     lines = [f"saved in {folder}; in Python:", "    import nrlib", "    from transformers import AutoModelForCausalLM"]
     if config.method.method == "fine_tuning":
         return "\n".join([*lines[:1], lines[2], f"    model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"])
-    backbone = config.backbone.name or str(folder / "backbone")
+    backbone = config.backbone.backbone_name or str(folder / "backbone")
     lines += [
         f"    model = AutoModelForCausalLM.from_pretrained({backbone!r})",
         f"    model.load_adapter({str(folder)!r})",
