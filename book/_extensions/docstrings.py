@@ -53,7 +53,7 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     if name.startswith("nrlib"):
         lines[:] = translate(lines)
         if what in ("attribute", "data"):
-            lines.insert(0, "")  # in a first line, napoleon takes what stands before a colon for a type
+            lines[:0] = ["..", ""]  # in a first line, napoleon takes what stands before a colon for a type
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
