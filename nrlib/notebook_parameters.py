@@ -29,7 +29,9 @@ SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool
 TYPES = (*SCALARS, "list[int]", "list[float]", "list[str]")
 LINE = "name = literal  # type: x  what it means"
 
-_ALIASES = {"backbone": "backbone_name"}  # what a run parameter is called in a notebook, where its own name says too little
+_ALIASES = {
+    "backbone": "backbone_name"
+}  # what a run parameter is called in a notebook, where its own name says too little
 _CORPORA = ("original", "proxy", "new_domain", "unseen_original", "corpus")
 _TRUTH = {"true": True, "false": False}
 

@@ -30,7 +30,14 @@ is_shown = False  # type: bool  whether the figure is shown
 
 def write_notebook(path, parameters, *cells):
     content = [
-        {"cell_type": "code", "id": f"cell-{n}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+        {
+            "cell_type": "code",
+            "id": f"cell-{n}",
+            "metadata": {},
+            "source": source,
+            "outputs": [],
+            "execution_count": None,
+        }
         for n, source in enumerate((parameters, *cells))
     ]
     content[0]["metadata"] = {"tags": ["parameters"]}
