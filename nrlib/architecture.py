@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from .config import LAYER_CHOICES
@@ -121,7 +122,7 @@ def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_ga
     return width
 
 
-def lora_rank_for_budget(model: nn.Module, extra_ratio: float) -> int:
+def lora_rank_for_budget(model: PreTrainedModel, extra_ratio: float) -> int:
     """The largest LoRA rank on all linear layers but the output layer whose weights stay within the budget.
 
     Raises

@@ -160,7 +160,13 @@ def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
 
 def parameters_table() -> str:
     """All parameters of a run as a table in Markdown: name, type, default, what is allowed, description."""
-    lines = ["| name | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    lines = [
+        ":::{table}",
+        ":class: parameters",
+        "",
+        "| name | type | default | allowed | meaning |",
+        "|---|---|---|---|---|",
+    ]
     for name, field in parameters().items():
         choices, minimum, maximum = (field.metadata[key] for key in ("choices", "minimum", "maximum"))
         if choices := tuple(PROFILES) if name == "profile" else choices:
@@ -171,7 +177,7 @@ def parameters_table() -> str:
         default = f"`{field.default!r}`" if field.default != "" else "empty"
         meaning = field.metadata["description"].replace("|", r"\|")
         lines.append(f"| `{name}` | {type(field.default).__name__} | {default} | {allowed} | {meaning} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, ":::", ""])
 
 
 def _share_figure(cells: list[dict[str, Any]], name: str, folder: Path) -> None:
@@ -217,7 +223,9 @@ def main(arguments: list[str] | None = None) -> None:
         counts, page = _execute_and_build(options.profile, options.output)
     except NrlibError as error:
         raise SystemExit(f"Error: {error}") from error
-    print(f"{counts['loaded']} runs loaded, {counts['trained']} trained, in {(time.monotonic() - start) / 60:.1f} minutes")
+    print(
+        f"{counts['loaded']} runs loaded, {counts['trained']} trained, in {(time.monotonic() - start) / 60:.1f} minutes"
+    )
     print(f"The book: {page.absolute().as_uri()}")
 
 

@@ -15,7 +15,13 @@ TUNED_LEARNING_RATES: dict[str, dict[str, float]] = {
 }
 
 # Gates with the local losses that make sense for them, as in the paper's comparison of gates.
-GATES_AND_LOSSES = (("relu", "l1"), ("elu", "l1"), ("none", "l1"), ("sigmoid", "l1"), ("sigmoid", "domain_cross_entropy"))
+GATES_AND_LOSSES = (
+    ("relu", "l1"),
+    ("elu", "l1"),
+    ("none", "l1"),
+    ("sigmoid", "l1"),
+    ("sigmoid", "domain_cross_entropy"),
+)
 
 
 def tuned_learning_rate(profile: str, method: str) -> float:

@@ -4,6 +4,7 @@ alone, and nothing is drawn that is not in the table."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +26,7 @@ METHOD_STYLE = {
 }  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 11}
+_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 11}
 
 
 def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapter import GATE_FUNCTIONS
+from .errors import ConfigError
 from .peft_method import active_adapters
 
 ORIGINAL, NEW, IGNORED = 0, 1, -1  # domain of a token; IGNORED is padding
@@ -52,6 +53,11 @@ class LocalLoss:
         for adapter in self.adapters:
             if self.kind == "l1":
                 self._handles.append(adapter.register_forward_hook(self._add_l1))
+            elif adapter.block_gate is None:
+                raise ConfigError(
+                    "The local loss 'domain_cross_entropy' trains block gates, but an adapter has gate = 'none'. Choose "
+                    "gate = 'sigmoid', or the local loss 'l1' or 'none'."
+                )
             else:
                 self._handles.append(adapter.block_gate.register_forward_hook(self._add_cross_entropy))
         return self

@@ -133,7 +133,8 @@ def _this_python(environment: dict[str, str]) -> type:
     from traitlets import default
 
     spec = KernelSpec(
-        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        # critical messages only: an interrupted kernel complains about its closed socket
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=50"],
         display_name="Python 3",
         language="python",
         env=environment,

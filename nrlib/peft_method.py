@@ -23,6 +23,7 @@ from .errors import ConfigError
 
 PEFT_NAME = "neutral_residues"
 _FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}
+_DEFAULTS: dict[str, Any] = {name: f.default for name, f in _FIELDS.items()}
 
 
 def _extend_peft_types() -> None:
@@ -44,14 +45,14 @@ _extend_peft_types()
 class NeutralResiduesConfig(PeftConfig):
     """Options of the adapters; each is described at the field of the same name in `nrlib.config.MethodConfig`."""
 
-    extra_ratio: float = _FIELDS["extra_ratio"].default
-    gate: str = _FIELDS["gate"].default
-    local_loss: str = _FIELDS["local_loss"].default
-    local_loss_weight: float = _FIELDS["local_loss_weight"].default
-    initialisation: str = _FIELDS["initialisation"].default
-    position: str = _FIELDS["position"].default
-    site: str = _FIELDS["site"].default
-    layers: str | list[int] = _FIELDS["layers"].default
+    extra_ratio: float = _DEFAULTS["extra_ratio"]
+    gate: str = _DEFAULTS["gate"]
+    local_loss: str = _DEFAULTS["local_loss"]
+    local_loss_weight: float = _DEFAULTS["local_loss_weight"]
+    initialisation: str = _DEFAULTS["initialisation"]
+    position: str = _DEFAULTS["position"]
+    site: str = _DEFAULTS["site"]
+    layers: str | list[int] = _DEFAULTS["layers"]
     width: int | None = field(
         default=None, metadata={"help": "adapter width H; None: as wide as extra_ratio allows, filled in at injection"}
     )
@@ -113,7 +114,7 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         self.neutral_residues_adapters = nn.ModuleDict()
         self.neutral_residues_positions: dict[str, str] = {}
 
-    def update_layer(self, adapter_name: str, config: NeutralResiduesConfig, d_model: int, n_layers: int) -> None:
+    def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
         """Add an adapter, on the device of the block."""
         adapter = GatedAdapter(d_model, config.width, n_layers, config.gate, config.initialisation)
         weight = next(self.base_layer.parameters())
@@ -127,7 +128,11 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         """The adapters that take part in the forward pass now."""
         if self.disable_adapters:
             return []
-        return [self.neutral_residues_adapters[n] for n in self.active_adapters if n in self.neutral_residues_adapters]
+        return list(self._active().values())
+
+    def _active(self) -> dict[str, Any]:
+        adapters = self.neutral_residues_adapters
+        return {name: adapters[name] for name in self.active_adapters if name in adapters}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(*args, **kwargs)
@@ -136,10 +141,7 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
         block_output = output[0] if isinstance(output, tuple) else output
         extended = block_output
-        for name in self.active_adapters:
-            if name not in self.neutral_residues_adapters:
-                continue
-            adapter = self.neutral_residues_adapters[name]
+        for name, adapter in self._active().items():
             adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
             # PEFT keeps adapters of a half-precision backbone in float32
             dtype = adapter.input_projection.weight.dtype
@@ -163,7 +165,7 @@ class NeutralResiduesModel(BaseTuner):
     tuner_layer_cls = NeutralResiduesLayer
 
     def _prepare_adapter_config(
-        self, peft_config: NeutralResiduesConfig, model_config: dict[str, Any]
+        self, peft_config: Any, model_config: dict[str, Any]
     ) -> NeutralResiduesConfig:
         blocks = find_blocks(self.model, peft_config.site)
         if peft_config.target_modules is None:
@@ -182,12 +184,12 @@ class NeutralResiduesModel(BaseTuner):
         return peft_config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: NeutralResiduesConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in peft_config.target_modules  # full names: nothing is matched by accident or skipped in silence
 
     def _create_and_replace(
         self,
-        peft_config: NeutralResiduesConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,

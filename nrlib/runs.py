@@ -152,7 +152,7 @@ def _measure_drift(config: RunConfig, text: PreparedText, model: nn.Module) -> d
     return _rounded({n: drift(model, before, text.held_out[n], config.training.context_length) for n in names})
 
 
-def _backbone_logits(config: RunConfig, text: PreparedText, model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _backbone_logits(config: RunConfig, text: PreparedText, model: Any) -> Callable[[Tensor], Tensor]:
     if not hasattr(model, "disable_adapter"):  # fine-tuning has changed the backbone itself
         return logits_function(get_backbone(config, text, progress=False))
 

@@ -133,8 +133,8 @@ def _submit(
         submitted = set(futures.values())
         yield from ((config.run_id, error) for config in configs if config.run_id not in submitted)
     for future in as_completed(futures):
-        error = future.exception()
-        yield futures[future], future.result() if error is None else _as_exception(error)
+        failure = future.exception()
+        yield futures[future], future.result() if failure is None else _as_exception(failure)
 
 
 def _run_here(config: RunConfig, notebook: str) -> Record | Exception:

@@ -24,7 +24,11 @@ def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -
     rows = []
     for record in records:
         results, provenance = record.results, record.provenance
-        row: dict[str, Any] = {"run_id": record.run_id, "notebook": record.notebook, "profile": record.config["profile"]}
+        row: dict[str, Any] = {
+            "run_id": record.run_id,
+            "notebook": record.notebook,
+            "profile": record.config["profile"],
+        }
         for part in FLAT_CONFIG:
             row |= record.config[part]
         row |= {"original": record.config["data"]["original"], "seed": record.config["seed"]}

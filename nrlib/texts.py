@@ -145,7 +145,8 @@ def _first(documents: Sequence[Document], n_bytes: int) -> list[Document]:
     for document in sorted(documents, key=lambda d: fingerprint(d.id)):
         if total >= n_bytes:
             break
-        paragraphs, length = [], 0
+        paragraphs: list[str] = []
+        length = 0
         for paragraph in document.text.split("\n\n"):
             if paragraphs and length + len(paragraph.encode()) > n_bytes // 20:
                 break

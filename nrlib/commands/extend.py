@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import check_run
 from ..config import RunConfig, make_config, parameters
@@ -14,6 +14,7 @@ from ..storage import atomic_directory, cache_directory, results_directory
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from ..records import Record
     from ..texts import PreparedText
@@ -111,7 +112,7 @@ def _save(model: nn.Module, config: RunConfig, text: PreparedText, folder: Path)
     with atomic_directory(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
         if not isinstance(model, PeftModel):
-            model.save_pretrained(temporary)  # type: ignore[operator]
+            cast("PreTrainedModel", model).save_pretrained(temporary)
             return
         if not config.backbone.backbone_name:
             get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
