@@ -26,7 +26,13 @@ METHOD_STYLE = {
 }  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
-_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 11}
+_STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 11,
+}
 
 
 def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure:

@@ -164,9 +164,7 @@ class NeutralResiduesModel(BaseTuner):
     prefix = "neutral_residues_"
     tuner_layer_cls = NeutralResiduesLayer
 
-    def _prepare_adapter_config(
-        self, peft_config: Any, model_config: dict[str, Any]
-    ) -> NeutralResiduesConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> NeutralResiduesConfig:
         blocks = find_blocks(self.model, peft_config.site)
         if peft_config.target_modules is None:
             peft_config.target_modules = [blocks.names[i] for i in select_layers(peft_config.layers, len(blocks.names))]
