@@ -71,7 +71,7 @@ def check_is_causal(model: PreTrainedModel, name: str) -> None:
         tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(model.parameters()).device)
         logits = model(input_ids=tokens).logits[:, :3]
         model.train(was_training)
-        if not torch.allclose(logits[0], logits[1], atol=1e-3):
+        if not torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-6):  # the rows differ in their last token only
             problem = "lets a token see the tokens after it, as masked language models do"
     if problem:
         raise BackboneError(_not_causal(model, name, problem))
