@@ -3,10 +3,11 @@ alone, and nothing is drawn that is not in the table."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -35,13 +36,23 @@ _STYLE: Any = {
 }
 
 
+class Picture(Figure):
+    """A figure that shows itself in a notebook whatever backend is set, and that pyplot does not keep alive."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
+
+
 def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure:
     """Learning against forgetting by method: all runs faint, those at the best learning rate solid, each seed a point.
 
     Better is right and down. Lines join the means of one method's learning rates, from the lowest rate to the highest.
     """
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    with mpl.rc_context(_STYLE):
+        figure = Picture(figsize=(7.2, 4.8), layout="constrained")
+        axes = figure.subplots()
         for method, group in table.groupby("method", observed=True):
             color, marker = METHOD_STYLE[method]
             means = group.groupby("learning_rate")[["learning", "forgetting"]].mean()
@@ -67,8 +78,9 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
 def learning_curves(curves: pd.DataFrame) -> Figure:
     """Validation bits per byte over training tokens, one panel a domain, one thin line a seed."""
     panels = {"new_validation": "new domain", "unseen_original_validation": "original domain"}
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
+    with mpl.rc_context(_STYLE):
+        figure = Picture(figsize=(8.4, 3.6), layout="constrained")
+        axes = figure.subplots(1, 2)
         for ax, (column, title) in zip(axes, panels.items(), strict=True):
             for method, group in curves.groupby("method", observed=True):
                 color, marker = METHOD_STYLE[str(method)]
@@ -79,14 +91,15 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
                     )  # fmt: skip
             ax.set_xlabel("training tokens (thousands)")
             ax.set_ylabel(f"bits per byte, {title}")
-        axes[0].legend(frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
 def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figure:
     """Forgetting and learning against a dose (a local-loss weight, a mix ratio), one line of means for each `by`."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(8.8, 4.0), layout="constrained")
+    with mpl.rc_context(_STYLE):
+        figure = Picture(figsize=(8.8, 4.0), layout="constrained")
+        axes = figure.subplots(1, 2)
         doses = sorted(table[dose].unique())
         position = {value: index for index, value in enumerate(doses)}  # evenly spaced: 0 has no place on a log axis
         for ax, metric in zip(axes, ("forgetting", "learning"), strict=True):
@@ -101,6 +114,11 @@ def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figur
             ax.set_xticks(range(len(doses)), [f"{value:g}" for value in doses])
             ax.set_xlabel(xlabel)
             ax.set_ylabel(f"{metric} ({'down' if metric == 'forgetting' else 'up'} is better)")
+            if metric == "forgetting":
+                ax.set_yscale("symlog", linthresh=0.01)  # linear through zero
+                ax.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
+                ax.set_ylim(min(0.0, 1.3 * table[metric].min()), 1.4 * table[metric].max())
+                ax.minorticks_off()
             _percent(ax, y=True)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -111,8 +129,9 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
     texts = [name for name in ("unseen_original", "proxy", "new") if name in set(gates["text"])]
     weights = sorted(gates["local_loss_weight"].unique())
     colors = sns.color_palette("viridis", len(weights))
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, len(texts), figsize=(9, 3.4), layout="constrained", sharey=True)
+    with mpl.rc_context(_STYLE):
+        figure = Picture(figsize=(9, 3.4), layout="constrained")
+        axes = figure.subplots(1, len(texts), sharey=True)
         for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
             for weight, color, marker in zip(weights, colors, _MARKERS, strict=False):
                 chosen = gates[(gates["text"] == text) & (gates["local_loss_weight"] == weight)]
@@ -124,7 +143,8 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
         first = np.atleast_1d(axes)[0]
         first.set_ylabel("mean ‖residue‖₁ / D" if value == "mean_residue" else "share of open gates")
         if value == "mean_residue":
-            first.set_yscale("log")
+            first.set_yscale("symlog", linthresh=1e-3)  # a closed gate's residue is zero exactly
+            first.set_ylim(bottom=0)
         figure.legend(
             *first.get_legend_handles_labels(), title="local-loss weight", loc="outside right center", frameon=False
         )
@@ -136,8 +156,9 @@ def placement_map(table: pd.DataFrame) -> Figure:
     table = table.assign(placement=table["site"] + ", " + table["position"] + ", " + table["layers"])
     order = table.groupby("placement")["learning"].mean().sort_values().index
     place = {name: index for index, name in enumerate(order)}
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 0.33 * len(order) + 1.2), layout="constrained", sharey=True)
+    with mpl.rc_context(_STYLE):
+        figure = Picture(figsize=(9, 0.33 * len(order) + 1.2), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
         for ax, metric in zip(axes, ("learning", "forgetting"), strict=True):
             for index, (site, group) in enumerate(table.groupby("site")):
                 ax.scatter(
@@ -155,8 +176,9 @@ def placement_map(table: pd.DataFrame) -> Figure:
 
 def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_original", "proxy", "new")) -> Figure:
     """Bits per byte of each held-out text for the backbone and each model: one row a text, one marker a model."""
-    with plt.rc_context(_STYLE):
-        figure, ax = plt.subplots(figsize=(7.2, 2.8), layout="constrained")
+    with mpl.rc_context(_STYLE):
+        figure = Picture(figsize=(7.2, 2.8), layout="constrained")
+        ax = figure.subplots()
         for offset, (name, row) in zip(np.linspace(0.2, -0.2, len(table)), table.iterrows(), strict=True):
             color, marker = METHOD_STYLE.get(str(name), ("black", "|"))
             ax.scatter(

@@ -27,7 +27,7 @@ ORDER = [
     "batches", "tokenization",
     "texts", "training", "evaluation", "records",
     "backbone", "tables", "experiments", "figures",
-    "checks", "benchmark",
+    "benchmark",
     "runs",
     "sweep",
     "notebook_parameters", "pages",

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..checks import check_run
 from ..config import RunConfig, make_config, parameters
 from ..errors import ConfigError
 from ..notebook_parameters import Parameter, convert_value
+from ..runs import check_run
 from ..storage import atomic_directory, cache_directory, results_directory
 
 if TYPE_CHECKING:
