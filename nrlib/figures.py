@@ -36,7 +36,7 @@ _STYLE: Any = {
 }
 
 
-class Picture(Figure):
+class _Picture(Figure):
     """A figure that shows itself in a notebook whatever backend is set, and that pyplot does not keep alive."""
 
     def _repr_png_(self) -> bytes:
@@ -51,7 +51,7 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
     Better is right and down. Lines join the means of one method's learning rates, from the lowest rate to the highest.
     """
     with mpl.rc_context(_STYLE):
-        figure = Picture(figsize=(7.2, 4.8), layout="constrained")
+        figure = _Picture(figsize=(7.2, 4.8), layout="constrained")
         axes = figure.subplots()
         for method, group in table.groupby("method", observed=True):
             color, marker = METHOD_STYLE[method]
@@ -79,7 +79,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
     """Validation bits per byte over training tokens, one panel a domain, one thin line a seed."""
     panels = {"new_validation": "new domain", "unseen_original_validation": "original domain"}
     with mpl.rc_context(_STYLE):
-        figure = Picture(figsize=(8.4, 3.6), layout="constrained")
+        figure = _Picture(figsize=(8.4, 3.6), layout="constrained")
         axes = figure.subplots(1, 2)
         for ax, (column, title) in zip(axes, panels.items(), strict=True):
             for method, group in curves.groupby("method", observed=True):
@@ -98,7 +98,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
 def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figure:
     """Forgetting and learning against a dose (a local-loss weight, a mix ratio), one line of means for each `by`."""
     with mpl.rc_context(_STYLE):
-        figure = Picture(figsize=(8.8, 4.0), layout="constrained")
+        figure = _Picture(figsize=(8.8, 4.0), layout="constrained")
         axes = figure.subplots(1, 2)
         doses = sorted(table[dose].unique())
         position = {value: index for index, value in enumerate(doses)}  # evenly spaced: 0 has no place on a log axis
@@ -130,7 +130,7 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
     weights = sorted(gates["local_loss_weight"].unique())
     colors = sns.color_palette("viridis", len(weights))
     with mpl.rc_context(_STYLE):
-        figure = Picture(figsize=(9, 3.4), layout="constrained")
+        figure = _Picture(figsize=(9, 3.4), layout="constrained")
         axes = figure.subplots(1, len(texts), sharey=True)
         for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
             for weight, color, marker in zip(weights, colors, _MARKERS, strict=False):
@@ -157,7 +157,7 @@ def placement_map(table: pd.DataFrame) -> Figure:
     order = table.groupby("placement")["learning"].mean().sort_values().index
     place = {name: index for index, name in enumerate(order)}
     with mpl.rc_context(_STYLE):
-        figure = Picture(figsize=(9, 0.33 * len(order) + 1.2), layout="constrained")
+        figure = _Picture(figsize=(9, 0.33 * len(order) + 1.2), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for ax, metric in zip(axes, ("learning", "forgetting"), strict=True):
             for index, (site, group) in enumerate(table.groupby("site")):
@@ -177,7 +177,7 @@ def placement_map(table: pd.DataFrame) -> Figure:
 def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_original", "proxy", "new")) -> Figure:
     """Bits per byte of each held-out text for the backbone and each model: one row a text, one marker a model."""
     with mpl.rc_context(_STYLE):
-        figure = Picture(figsize=(7.2, 2.8), layout="constrained")
+        figure = _Picture(figsize=(7.2, 2.8), layout="constrained")
         ax = figure.subplots()
         for offset, (name, row) in zip(np.linspace(0.2, -0.2, len(table)), table.iterrows(), strict=True):
             color, marker = METHOD_STYLE.get(str(name), ("black", "|"))
