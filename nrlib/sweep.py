@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .backbone import get_backbone
+from .backbone import delete_checkpoint, get_backbone
 from .config import RunConfig
 from .errors import NrlibError
 from .machine import pick_device
@@ -95,6 +95,13 @@ def _prepare(configs: Sequence[RunConfig], progress: bool) -> None:
         make_batches(config, prepare_text(config.data, config.backbone, progress))
     for config in {(c.data, c.backbone, c.training.context_length, c.training.precision): c for c in configs}.values():
         get_backbone(config, prepare_text(config.data, config.backbone, progress), progress)
+
+
+def _run_afresh(config: RunConfig) -> Record:
+    delete_checkpoint(config.run_id)
+    record = run(config, progress=False)
+    delete_checkpoint(config.run_id)
+    return record
 
 
 def _outcomes(
@@ -206,7 +213,7 @@ def reproduce(records: Sequence[Record], n_workers: int | None = None) -> pd.Dat
     _prepare(configs, progress=True)
     n_workers = min(n_workers or _default_workers(), len(configs))
     with _worker_environment(), _pool(n_workers) as pool:
-        futures = [pool.submit(run, config, progress=False) for config in configs]
+        futures = [pool.submit(_run_afresh, config) for config in configs]
         for _ in tqdm(as_completed(futures), total=len(futures), desc="reproduce", unit="run"):
             pass
     rows = [

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from ..storage import cache_directory, project_directory
 
 NEEDED_GB, COMFORTABLE_GB = 1, 5  # in the cache: texts, backbones and checkpoints of the laptop profile, with room
@@ -84,9 +86,14 @@ def _packages() -> Iterator[Check]:
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """`name==version` lines of a constraints file."""
-    lines = (line.partition("#")[0].partition(";")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return {name.strip(): version.strip() for name, equal, version in (line.partition("==") for line in lines) if equal}
+    """The `name==version` lines of a constraints file that apply to this Python and system."""
+    pins = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if "==" in (text := line.partition("#")[0].strip()):
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate():
+                pins[requirement.name] = next(iter(requirement.specifier)).version
+    return pins
 
 
 def _installed(name: str) -> str | None:

@@ -1,0 +1,99 @@
+"""What the book says, held against the published records it speaks of."""
+
+import pytest
+
+from nrlib import experiments, tables
+from nrlib.config import METHODS
+from nrlib.records import published_records
+from nrlib.storage import project_directory
+
+RESULTS = project_directory() / "data" / "results"
+
+
+@pytest.fixture(scope="module")
+def records(request):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NRLIB_RESULTS", str(RESULTS))
+    request.addfinalizer(patch.undo)
+    return {record.run_id: record for record in published_records()}
+
+
+@pytest.fixture(scope="module")
+def methods(records):
+    chosen = [record for record in records.values() if record.notebook == "methods"]
+    return tables.at_best_rate(tables.results_table(chosen))
+
+
+def means(table):
+    return table.groupby("method", observed=True)[["forgetting", "learning"]].mean()
+
+
+def select(records, configs):
+    """The table of these runs; a missing record fails."""
+    return tables.results_table([records[config.run_id] for config in configs], records.values())
+
+
+def test_published_records_are_clean_small_and_of_one_text(records):
+    assert records
+    fingerprints = set()
+    for record in records.values():
+        assert not record.provenance["is_dirty"] and len(record.provenance["git_commit"]) == 40
+        assert (RESULTS / f"{record.run_id}.json").stat().st_size <= 10_000
+        assert record.run_config.run_id == record.run_id  # the file's name is the configuration's
+        corpora = record.provenance["corpora"]
+        fingerprints.add((corpora["original"]["fingerprint"], corpora["new_domain"]["fingerprint"]))
+        assert max(corpus["shingle_overlap"] for corpus in corpora.values()) < 0.01
+    assert len(fingerprints) == 1
+
+
+def test_each_method_has_three_rates_or_more_and_three_seeds_at_its_best(records, methods):
+    table = tables.results_table([record for record in records.values() if record.notebook == "methods"])
+    assert set(methods["method"]) == set(METHODS)
+    assert (table.groupby("method", observed=True)["learning_rate"].nunique() >= 3).all()
+    assert (methods.groupby("method", observed=True)["seed"].nunique() >= 3).all()
+    rates = sorted(table["learning_rate"].unique())
+    for method, rate in tables.best_learning_rates(table).items():
+        assert rate == experiments.tuned_learning_rate("laptop", method)
+        assert rates[0] < rate < rates[-1]  # inside the grid, not at its edge
+
+
+def test_no_rival_forgets_less_and_learns_more(records, methods):
+    ours = means(methods).loc["neutral_residues"]
+    chosen = [record for record in records.values() if record.notebook == "methods"]
+    rivals = tables.results_table(chosen, records.values())
+    rivals = rivals[rivals["method"] != "neutral_residues"]
+    assert not ((rivals["forgetting"] <= ours["forgetting"]) & (rivals["learning"] >= ours["learning"])).any()
+
+
+def test_neutral_residues_forget_a_tenth_of_the_next_best_and_learn_less(methods):
+    table = means(methods)
+    ours, rivals = table.loc["neutral_residues"], table.drop("neutral_residues")
+    assert ours["forgetting"] < 0.02
+    assert ours["forgetting"] < 0.11 * rivals["forgetting"].min()
+    assert 0.80 < ours["learning"] < rivals["learning"].min()  # the price, said on the same page
+    assert ours["learning"] < 0.85 and ours["forgetting"] > 0.01  # the goal that the log says was missed
+
+
+def test_forgetting_and_learning_both_fall_with_the_weight_of_the_local_loss(records):
+    table = select(records, experiments.gate_sparsity("laptop", [0.0, 0.01, 1.0, 10.0, 100.0], [0]))
+    relu = table[table["gate"] == "relu"].set_index("local_loss_weight").sort_index()
+    assert relu["forgetting"].is_monotonic_decreasing
+    assert relu.loc[0.01, "forgetting"] > 0.9 * relu.loc[0.0, "forgetting"]  # the paper's weight is too small here
+    assert relu.loc[100.0, "learning"] < relu.loc[10.0, "learning"] < relu.loc[0.0, "learning"]
+
+
+def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
+    choices = ["all", "first_half", "last_half", "every_other"]
+    table = select(records, experiments.adapter_placement("laptop", choices, [0]))
+    best = table.loc[table["learning"].idxmax()]
+    assert (best["site"], best["position"], best["layers"]) == ("ffn", "parallel", "all")
+    learning = table.pivot_table(index=["site", "layers"], columns="position", values="learning")
+    assert (learning["parallel"] > learning["serial"]).all()
+
+
+def test_a_little_old_text_is_enough_for_neutral_residues(records):
+    names = ["vanilla_adapter", "neutral_residues"]
+    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0]))
+    forgetting = table.pivot_table(index="mix_ratio", columns="method", values="forgetting", observed=True)
+    assert forgetting["neutral_residues"].is_monotonic_decreasing
+    assert (forgetting["neutral_residues"] < forgetting["vanilla_adapter"])[[0.01, 0.1, 0.5]].all()
