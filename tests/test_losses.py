@@ -168,6 +168,13 @@ def test_activation_checkpointing_changes_nothing(kind, gate, tiny_model):
     assert len(n_calls) == 2  # the layer did run again
     assert losses == plain_losses and losses[1] > 0
     assert all(torch.equal(found[name], gradient) and gradient.any() for name, gradient in plain_gradients.items())
+    with LocalLoss(model, kind, BATCH.domain) as local_loss:
+        model(input_ids=BATCH.inputs)
+        total, count = (value.clone() for value in local_loss.sum_and_count())
+        total.backward()
+        assert torch.equal(local_loss.sum_and_count()[0], total) and torch.equal(local_loss.sum_and_count()[1], count)
+    n_counted = (BATCH.domain == ORIGINAL).sum() * 12 if kind == "l1" else BATCH.inputs.numel()
+    assert count.item() == 3 * n_counted  # each layer once, though each ran twice
 
 
 def test_reentrant_checkpointing_is_refused(tiny_model):
