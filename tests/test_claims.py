@@ -99,3 +99,11 @@ def test_a_little_old_text_is_enough_for_neutral_residues(records):
     forgetting = table.pivot_table(index="mix_ratio", columns="method", values="forgetting", observed=True)
     assert forgetting["neutral_residues"].is_monotonic_decreasing
     assert (forgetting["neutral_residues"] < forgetting["vanilla_adapter"])[[0.01, 0.1, 0.5]].all()
+
+
+def test_a_gate_trained_as_a_classifier_forgets_more_the_heavier_its_loss(records):
+    table = select(records, experiments.gate_sparsity("laptop", [0.01, 1.0, 10.0, 100.0], [0]))
+    classifier = table[table["local_loss"] == "domain_cross_entropy"].set_index("local_loss_weight").sort_index()
+    assert classifier["forgetting"].is_monotonic_increasing
+    heaviest = table[(table["local_loss"] == "l1") & (table["local_loss_weight"] == 100)].set_index("gate")["learning"]
+    assert heaviest["none"] < 0.6 < heaviest.drop("none").min()
