@@ -91,10 +91,10 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
     assert (best["site"], best["position"], best["layers"]) == ("ffn", "parallel", "all")
     learning = table.pivot_table(index=["site", "layers"], columns="position", values="learning")
     assert (learning["parallel"] > learning["serial"]).all()
-    parallel = table[table["position"] == "parallel"].groupby("site").apply(lambda g: g.set_index("layers"))
     for site in ("ffn", "attention"):
-        assert parallel.loc[site, "learning"].idxmax() == "all"
-        assert parallel.loc[site, "forgetting"].idxmax() == "first_half"
+        parallel = table[(table["position"] == "parallel") & (table["site"] == site)].set_index("layers")
+        assert parallel["learning"].idxmax() == "all"
+        assert parallel["forgetting"].idxmax() == "first_half"
 
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
