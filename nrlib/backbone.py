@@ -173,25 +173,29 @@ def _checkpoint_path(name: str) -> Path:
     return cache_directory() / "checkpoints" / f"{name}.pt"
 
 
-def checkpoint_hooks(name: str, **hooks: Any) -> Hooks:
-    """Hooks that keep a checkpoint in the cache under `name`."""
+def checkpoint_hooks(name: str, made_from: str = "", **hooks: Any) -> Hooks:
+    """Hooks that keep a checkpoint in the cache under `name`; one made from other code or text is not loaded."""
     path = _checkpoint_path(name)
 
     def save(state: dict[str, Any]) -> None:
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:  # a handle reports a full disk in words
-            torch.save(state, handle)
+            torch.save({**state, "made_from": made_from}, handle)
 
     def load() -> dict[str, Any] | None:
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # whatever a damaged archive makes torch and pickle raise
             warnings.warn(
                 f"The checkpoint {path} is damaged ({type(error).__name__}); the run starts over.", stacklevel=2
             )
             path.unlink()
             return None
+        if state.pop("made_from", "") == made_from:
+            return state
+        warnings.warn(f"The checkpoint {path} was made from other code or text; the run starts over.", stacklevel=2)
+        return None
 
     return Hooks(save=save, load=load, **hooks)
 

@@ -38,7 +38,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs (B, T), targets (B, T) with -100 where nothing is predicted, domain (B,)."""
+    """inputs (B, T), targets (B, T), domain (B,)."""
 
     inputs: Tensor
     targets: Tensor
@@ -125,13 +125,11 @@ class MixedBatches:
 def evaluation_batches(
     stream: TokenStream, context_length: int, batch_size: int = 16
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every token of the stream as a target exactly once: inputs (B, T) and targets (B, T), -100 for padding."""
-    n_targets = len(stream.tokens) - 1
-    n_windows = -(-n_targets // context_length)
-    padded = np.full(n_windows * context_length + 1, -1, dtype=np.int64)
-    padded[: len(stream.tokens)] = stream.tokens
-    windows = np.lib.stride_tricks.sliding_window_view(padded, context_length + 1)[::context_length]
-    for start in range(0, n_windows, batch_size):
-        window = torch.from_numpy(windows[start : start + batch_size].copy())
-        inputs, targets = window[:, :-1], window[:, 1:]
-        yield inputs.clamp(min=0), targets.masked_fill(targets < 0, -100)
+    """Every token of the stream as a target exactly once: inputs and targets (B, T), the last of them (1, shorter)."""
+    n_full = stream.n_sequences(context_length)
+    for start in range(0, n_full, batch_size):
+        window = stream.sequences(np.arange(start, min(start + batch_size, n_full)), context_length)
+        yield window[:, :-1], window[:, 1:]
+    rest = torch.from_numpy(stream.tokens[n_full * context_length :].astype(np.int64))[None]
+    if rest.shape[1] > 1:
+        yield rest[:, :-1], rest[:, 1:]

@@ -80,9 +80,9 @@ class MethodConfig:
         0.2, "extra weights as a share of all backbone weights; the adapter width or the rank follows from it",
         minimum=0.0, maximum=10.0,
     )  # fmt: skip
-    gate: str = parameter("relu", "activation of the block gate; none = no gate", choices=GATES)
+    gate: str = parameter("elu", "activation of the block gate; none = no gate", choices=GATES)
     local_loss: str = parameter("l1", "penalty on residues or gates of original-domain tokens", choices=LOCAL_LOSSES)
-    local_loss_weight: float = parameter(10.0, "weight of the local loss in the training loss", minimum=0.0)
+    local_loss_weight: float = parameter(5.0, "weight of the local loss in the training loss", minimum=0.0)
     initialisation: str = parameter(
         "low_variance", "variance of W_i, W_g and w: 1/(D·L), or He's 2/D", choices=INITIALISATIONS
     )

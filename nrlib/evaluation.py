@@ -31,7 +31,7 @@ def bits_per_byte(
     with statistics.collect(stream.name) if statistics is not None else nullcontext():
         for inputs, targets in evaluation_batches(stream, context_length):
             logits, targets = _logits(model, inputs), targets.to(_device(model))
-            total += F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100).item()
+            total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     return total / math.log(2) / stream.n_bytes
 
 
@@ -47,11 +47,10 @@ def drift(
     for index, (inputs, targets) in enumerate(evaluation_batches(stream, context_length)):
         if index == n_batches:
             break
-        counted = (targets != -100).flatten().to(_device(model))
-        before = F.log_softmax(backbone(inputs)[counted], dim=-1)
-        after = F.log_softmax(_logits(model, inputs)[counted], dim=-1)
+        before = F.log_softmax(backbone(inputs), dim=-1)
+        after = F.log_softmax(_logits(model, inputs), dim=-1)
         total += F.kl_div(after, before, reduction="sum", log_target=True).item()
-        n_tokens += int(counted.sum())
+        n_tokens += targets.numel()
     return total / n_tokens
 
 

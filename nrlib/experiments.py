@@ -14,7 +14,8 @@ TUNED_LEARNING_RATES: dict[str, dict[str, float]] = {
     "laptop": {"fine_tuning": 1e-2, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
 }
 
-# Gates with the local losses that make sense for them, as in the paper's comparison of gates.
+# Gates with the local losses that make sense for them, as in the paper's comparison of gates. The first two, the
+# paper's choice and ours, are run with every seed.
 GATES_AND_LOSSES = (
     ("relu", "l1"),
     ("elu", "l1"),
@@ -35,6 +36,11 @@ def arm(profile: str, method: str, **changes: Any) -> RunConfig:
     fixed = FIXED_BY_METHOD[method]
     used = {name: value for name, value in changes.items() if name not in fixed}
     return make_config(profile, method=method, **{"learning_rate": tuned_learning_rate(profile, method), **used})
+
+
+def training_tokens(profile: str, length: float) -> int:
+    """Tokens of a training `length` times as long as the profile's."""
+    return round(length * make_config(profile).training.n_tokens)
 
 
 def references(profile: str) -> list[RunConfig]:
@@ -63,14 +69,13 @@ def repeats(
 def gate_sparsity(
     profile: str, local_loss_weights: Sequence[float], seeds: Sequence[int], **changes: Any
 ) -> list[RunConfig]:
-    """Gates and local losses at every local-loss weight: the paper's pair with every seed, the others with the first.
-
-    At weight 0 the local losses coincide: one run for each gate.
+    """Gates and local losses at every local-loss weight: the paper's pair and ours with every seed, the others with the
+    first. At weight 0 the local losses coincide: one run for each gate.
     """
     arms = {}
     for gate, local_loss in GATES_AND_LOSSES:
         for weight in local_loss_weights:
-            for seed in seeds if (gate, local_loss) == GATES_AND_LOSSES[0] else seeds[:1]:
+            for seed in seeds if (gate, local_loss) in GATES_AND_LOSSES[:2] else seeds[:1]:
                 loss = {"local_loss": local_loss if weight > 0 else "none", "local_loss_weight": weight}
                 config = arm(profile, "neutral_residues", gate=gate, seed=seed, **loss, **changes)
                 arms[config.run_id] = config

@@ -20,7 +20,7 @@ from .machine import describe_device, package_versions, peak_memory_mb, pick_pre
 from .storage import atomic_path, cache_directory, project_directory, results_directory
 
 SCHEMA_VERSION = 1  # layout of the file
-RESULT_VERSION = 1  # raised when a change of the code changes results of the same configuration
+RESULT_VERSION = 2  # raised when a change of the code changes results of the same configuration
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Record:
 
 
 def collect_provenance(
-    config: RunConfig, corpora: dict[str, Any], device: torch.device, seconds: float
+    config: RunConfig, corpora: dict[str, Any], device: torch.device, seconds: float, git_at_start: tuple[str, bool]
 ) -> dict[str, Any]:
-    """Everything about a run that is not its configuration."""
-    commit, is_dirty = git_state()
+    """Everything about a run that is not its configuration. A tree that changed while the run was going is dirty."""
+    commit, is_dirty = git_at_start
     return {
         "seed": config.seed,
         "device": describe_device(device),
@@ -56,7 +56,7 @@ def collect_provenance(
         "versions": package_versions(),
         "corpora": corpora,
         "git_commit": commit,
-        "is_dirty": is_dirty,
+        "is_dirty": is_dirty or git_state() != git_at_start,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -15,7 +15,8 @@ from .corpora import check_spec
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
 from .methods import apply_method, count_extra_weights
-from .records import Record, check_publishable, collect_provenance, load_record, save_record
+from .records import RESULT_VERSION, Record, check_publishable, collect_provenance, git_state, load_record, save_record
+from .storage import fingerprint
 from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
 from .training import TrainingState, train
 
@@ -49,6 +50,7 @@ def check_run(config: RunConfig) -> None:
 
 def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
     """Train and measure, without storing the result."""
+    git_at_start = git_state()
     check_run(config)
     text = prepare_text(config.data, config.backbone, progress)
     make_batches(config, text)  # text that is too short costs no backbone
@@ -71,7 +73,7 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
         "tokens_per_second": round(config.training.n_tokens / state.seconds),
         "gate_statistics": [row for row in statistics if row["text"] in TEST_SETS],
     }
-    provenance = collect_provenance(config, text.corpora, device, state.seconds)
+    provenance = collect_provenance(config, text.corpora, device, state.seconds, git_at_start)
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance)
 
 
@@ -113,7 +115,7 @@ def extend(
         c,
         local_loss=method.local_loss,
         local_loss_weight=method.local_loss_weight,
-        hooks=checkpoint_hooks(config.run_id, measure=measure),
+        hooks=checkpoint_hooks(config.run_id, fingerprint([RESULT_VERSION, text.corpora]), measure=measure),
         description=config.run_id,
         progress=progress,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .documents import Document
+from .corpora.documents import Document
 from .errors import ConfigError, CorpusError
 
 SPLITS = ("train", "validation", "test")

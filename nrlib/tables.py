@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from .config import METHODS, RunConfig
 from .evaluation import learning
@@ -91,6 +92,21 @@ def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         learning_max=("learning", "max"),
         drift=("drift", "mean"),
     ).reset_index()
+
+
+def readable(summary: pd.DataFrame) -> Styler:
+    """A summary for a page: forgetting and learning in per cent with their range over the seeds, no index."""
+
+    def percent(metric: str, digits: int) -> pd.Series[str]:
+        means, low, high = (100 * summary[f"{metric}{end}"] for end in ("", "_min", "_max"))
+        texts = means.map(f"{{:.{digits}f}} %".format)
+        ranges = " (" + low.map(f"{{:.{digits}f}}".format) + " to " + high.map(f"{{:.{digits}f}}".format) + ")"
+        return texts.where(summary["seeds"] == 1, texts + ranges)
+
+    dropped = [column for column in summary if column.endswith(("_min", "_max"))]
+    shown = summary.drop(columns=dropped).assign(forgetting=percent("forgetting", 2), learning=percent("learning", 1))
+    shown.columns = [column.replace("_", " ") for column in shown]
+    return shown.style.format(precision=4).hide(axis="index")
 
 
 def curves_table(records: Sequence[Record]) -> pd.DataFrame:

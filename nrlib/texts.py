@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .batches import TokenStream
 from .config import BackboneConfig, DataConfig
 from .corpora import Corpus, load_corpus
-from .documents import Document
+from .corpora.documents import Document
 from .errors import CorpusError
 from .splits import Split, split_corpus
 from .storage import atomic_path, cache_directory, fingerprint

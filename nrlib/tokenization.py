@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .documents import Document
+from .corpora.documents import Document
 from .errors import CorpusError
 from .storage import atomic_directory, cache_directory, fingerprint
 

@@ -127,14 +127,13 @@ def test_one_batch_of_text_is_enough():
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_token_is_scored_once(n_tokens, batch_size):
     found = list(evaluation_batches(stream(n_tokens, 100), T, batch_size))
-    inputs = torch.cat([i for i, _ in found])
-    targets = torch.cat([t for _, t in found])
-    counted = targets != -100
-    assert targets[counted].tolist() == list(range(101, 100 + n_tokens))
-    assert (inputs[counted] + 1 == targets[counted]).all()  # each is predicted from the token before it
-    assert inputs.shape[1] == T and all(len(i) <= batch_size for i, _ in found) and (inputs >= 0).all()
-    n_full = (n_tokens - 1) // T
-    assert counted.sum(dim=1).tolist() == [T] * n_full + ([(n_tokens - 1) % T] if (n_tokens - 1) % T else [])
+    assert torch.cat([targets.flatten() for _, targets in found]).tolist() == list(range(101, 100 + n_tokens))
+    for inputs, targets in found:
+        assert (inputs + 1 == targets).all()  # each is predicted from the token before it
+        assert len(inputs) <= batch_size and inputs.shape[1] <= T
+    lengths = [inputs.shape[1] for inputs, _ in found for _ in inputs]
+    n_full, rest = divmod(n_tokens - 1, T)
+    assert lengths == [T] * n_full + [rest] * (rest > 0)
 
 
 class Bigram(nn.Module):

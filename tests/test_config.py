@@ -132,7 +132,7 @@ def test_weight_zero_is_one_run_for_each_gate():
     weights, seeds = [0, 0.1, 1, 10, 100], [0, 1, 2]
     arms = experiments.gate_sparsity("laptop", weights, seeds)
     gates = {gate for gate, _ in experiments.GATES_AND_LOSSES}
-    n_repeated = 2 * len(weights)  # the paper's pair runs with the other two seeds as well
+    n_repeated = 2 * 2 * len(weights)  # the first two pairs run with the other two seeds as well
     assert len({config.run_id for config in arms}) == len(arms)
     assert len(arms) == 4 * len(experiments.GATES_AND_LOSSES) + len(gates) + n_repeated
     without = [c for c in arms if c.method.local_loss == "none"]

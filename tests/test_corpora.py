@@ -9,9 +9,8 @@ import types
 
 import pytest
 
-from nrlib import hub_datasets
-from nrlib.corpora import check_spec, load_corpus, parse_spec
-from nrlib.documents import Document
+from nrlib.corpora import check_spec, hub_datasets, load_corpus, parse_spec
+from nrlib.corpora.documents import Document
 from nrlib.errors import CorpusError
 
 
@@ -81,12 +80,12 @@ def test_debian_docs_are_checked_without_a_download():
 def test_debian_docs_are_handed_on(monkeypatch):
     calls = []
     documents = [Document("ls.1", "manpages", "text", "GPL")]
-    recipes = types.ModuleType("nrlib.debian_docs")
+    recipes = types.ModuleType("nrlib.corpora.debian_docs")
     recipes.load_debian_docs = lambda rest, progress: (
         calls.append((rest, progress)) or (documents, {"manpages": "6.03"})
     )
     recipes._parse = lambda rest: calls.append(rest)
-    monkeypatch.setitem(sys.modules, "nrlib.debian_docs", recipes)
+    monkeypatch.setitem(sys.modules, "nrlib.corpora.debian_docs", recipes)
     corpus = load_corpus("debian-docs:fr/manpages+gnome", progress=False)
     check_spec("debian-docs:fr/manpages")
     assert calls == [("fr/manpages+gnome", False), "fr/manpages"]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nrlib import debian_docs, extract
-from nrlib.debian_docs import load_debian_docs
-from nrlib.debian_recipes import FAMILIES, groups_of, languages, packages_of, page_pattern
+from nrlib.corpora import debian_docs, extract
+from nrlib.corpora.debian_docs import load_debian_docs
+from nrlib.corpora.debian_recipes import FAMILIES, groups_of, languages, packages_of, page_pattern
 from nrlib.errors import CorpusError, StorageError
 
 ENGLISH = "The garden gate stays shut until the last of the geese has gone home."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nrlib.extract import (
+from nrlib.corpora.extract import (
     html_paragraphs,
     is_english,
     is_prose,
@@ -13,7 +13,7 @@ from nrlib.extract import (
     normalise,
     paragraphs_kept,
 )
-from nrlib.man_pages import decode, man_paragraphs
+from nrlib.corpora.man_pages import decode, man_paragraphs
 
 LONG = "The garden gate stays shut until the last of the geese has gone home"
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from nrlib import splits
-from nrlib.documents import Document
+from nrlib.corpora.documents import Document
 from nrlib.errors import ConfigError, CorpusError
 from nrlib.splits import SPLITS, remove_near_duplicates, shingle_overlap, split_corpus, split_documents
 

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from nrlib.corpora.synthetic import GENRES, load_language, load_synthetic, parse_synthetic
 from nrlib.errors import CorpusError
-from nrlib.synthetic import GENRES, load_language, load_synthetic, parse_synthetic
 
 BOTH = tuple(GENRES)
 

@@ -108,6 +108,14 @@ def test_a_checkpoint_that_was_never_renamed_is_not_seen(tiny_model):
     assert checkpoint_hooks("unfinished").load() is None
 
 
+def test_a_checkpoint_made_from_other_text_is_not_loaded(tiny_model):
+    state = {"step": 3}
+    checkpoint_hooks("text", "fingerprint of the old text").save(state)
+    assert checkpoint_hooks("text", "fingerprint of the old text").load() == state
+    with pytest.warns(UserWarning, match="other code or text"):
+        assert checkpoint_hooks("text", "fingerprint of the new text").load() is None
+
+
 @pytest.mark.parametrize("size", [0, 100, 0.5])
 def test_a_damaged_checkpoint_is_put_aside_and_the_run_starts_over(size, tiny_model):
     """A disk may lose what was synchronised: then the run begins again, with the numbers it would have had."""

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 
 from .. import corpora
 from ..corpora import Corpus, check_spec, load_corpus
-from ..documents import Document
+from ..corpora.documents import Document
 
 
 def describe_kinds() -> str:
     """The kinds of corpora and what can stand in their specs."""
-    from ..debian_docs import groups_of, languages
-    from ..synthetic import GENRES
+    from ..corpora.debian_docs import groups_of, languages
+    from ..corpora.synthetic import GENRES
 
     return "\n".join(
         [

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..errors import CorpusError
+from ..storage import canonical_json
 from .documents import Document
-from .errors import CorpusError
 from .hub_datasets import load_hub, parse_hub
-from .storage import canonical_json
 from .synthetic import load_synthetic, parse_synthetic
 from .text_files import load_files, match_files
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import storage
+from .. import storage
+from ..errors import CorpusError
 from .debian_packages import OTHERWISE, exclusive, fetch_packages, package_version, read_members
 from .debian_recipes import FAMILIES, OTHER_NAMES, Family, groups_of, languages, packages_of, page_pattern
 from .documents import Document
-from .errors import CorpusError
 from .extract import EXTRACTOR_VERSION, html_paragraphs, mallard_paragraphs, mallard_titles, paragraphs_kept
 from .man_pages import man_paragraphs
 

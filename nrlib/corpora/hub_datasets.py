@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import CorpusError
+from ..storage import atomic_directory, cache_directory, fingerprint
 from .documents import Document
-from .errors import CorpusError
-from .storage import atomic_directory, cache_directory, fingerprint
 from .text_files import Row, documents_from_rows
 
 DEFAULT_HUB_LIMIT = "200MB"

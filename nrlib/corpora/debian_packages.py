@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
-from .errors import CorpusError, StorageError
+from ..errors import CorpusError, StorageError
 
 OTHERWISE = (
     "A corpus that needs no download: CORPUS=synthetic (as a corpus spec `synthetic:<name>`), or your own text with "

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CorpusError
 from .documents import Document
-from .errors import CorpusError
 
 GENERATOR_VERSION = "1"  # raise it when the same spec gives other texts
 BLOCK = 100  # documents drawn together; a corpus is a prefix of any larger one of the same language

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import CorpusError
 from .documents import Document
-from .errors import CorpusError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
