@@ -4,7 +4,7 @@
     x (B, T, D) ───────┤                                  (+)──► output (B, T, D)
                        └─► W_i, W_g ─► GLU ─► W_o ─► (·) ─┘
                                                       ▲  residue (B, T, D)
-                       x ──► w·x + b ──► relu ────────┘  gate (B, T, 1)
+                       x ──► w·x + b ──► elu ─────────┘  gate (B, T, 1)
 
 The backbone is frozen; only what stands on the lower path is trained, so that the residue is near zero wherever the
 text belongs to the original domain.
@@ -25,7 +25,7 @@ class GatedAdapter(nn.Module):
     """A gated linear unit whose output is scaled by one gate per token.
 
         adapter(x) = W_o ( silu(W_g x) * (W_i x) )
-        gate(x)    = relu(w · x + b)
+        gate(x)    = elu(w · x + b)             relu in the paper
         residue(x) = gate(x) · adapter(x)
 
     Parameters
@@ -33,12 +33,12 @@ class GatedAdapter(nn.Module):
     d_model : D, width of the hidden state.
     width : H, width of the adapter.
     n_layers : L, layers of the backbone; enters the low-variance initialisation.
-    gate : 'relu' (the paper's choice), 'sigmoid', 'elu', or 'none' for a vanilla adapter.
+    gate : 'elu', 'relu' (the paper's choice), 'sigmoid', or 'none' for a vanilla adapter.
     initialisation : 'low_variance' (1/(D·L)) or 'he' (2/D), the variance of W_i, W_g and w.
     """
 
     def __init__(
-        self, d_model: int, width: int, n_layers: int, gate: str = "relu", initialisation: str = "low_variance"
+        self, d_model: int, width: int, n_layers: int, gate: str = "elu", initialisation: str = "low_variance"
     ) -> None:
         super().__init__()
         self.input_projection = nn.Linear(d_model, width, bias=False)  # W_i (H, D)

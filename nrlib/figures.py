@@ -153,7 +153,8 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
 
 def placement_map(table: pd.DataFrame) -> Figure:
     """Forgetting and learning of every placement, one row a placement, each seed a point, the mean a bar."""
-    table = table.assign(placement=table["site"] + ", " + table["position"] + ", " + table["layers"])
+    layers = table["layers"].str.replace(r"^(?=\d)", "layers ", regex=True).str.replace("_", " ")
+    table = table.assign(placement=table["site"] + ", " + table["position"] + ", " + layers)
     order = table.groupby("placement")["learning"].mean().sort_values().index
     place = {name: index for index, name in enumerate(order)}
     with mpl.rc_context(_STYLE):
