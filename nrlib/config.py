@@ -82,7 +82,7 @@ class MethodConfig:
     )  # fmt: skip
     gate: str = parameter("elu", "activation of the block gate; none = no gate", choices=GATES)
     local_loss: str = parameter("l1", "penalty on residues or gates of original-domain tokens", choices=LOCAL_LOSSES)
-    local_loss_weight: float = parameter(4.0, "weight of the local loss in the training loss", minimum=0.0)
+    local_loss_weight: float = parameter(5.0, "weight of the local loss in the training loss", minimum=0.0)
     initialisation: str = parameter(
         "low_variance", "variance of W_i, W_g and w: 1/(D·L), or He's 2/D", choices=INITIALISATIONS
     )
@@ -167,7 +167,6 @@ PAPER_PRESET: dict[str, Any] = {
     "gate": "relu",
     "local_loss": "l1",
     "local_loss_weight": 0.01,
-    "mix_ratio": 0.1,
 }
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -179,7 +178,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": {
         "original": "debian-docs:en", "proxy": "debian-docs:en/debian+gnome+handbook+installation+libreoffice", "new_domain": "debian-docs:fr",
         "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 120_000, "n_tokens": 819_200,
-        "mix_ratio": 0.2, "weight_decay": 0.1,
+        "weight_decay": 0.1,
     },
     "gpu": {
         "original": "debian-docs:en", "proxy": "debian-docs:en/debian+gnome+handbook+installation+libreoffice", "new_domain": "debian-docs:fr",

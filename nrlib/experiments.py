@@ -38,11 +38,6 @@ def arm(profile: str, method: str, **changes: Any) -> RunConfig:
     return make_config(profile, method=method, **{"learning_rate": tuned_learning_rate(profile, method), **used})
 
 
-def training_tokens(profile: str, length: float) -> int:
-    """Tokens of a training `length` times as long as the profile's."""
-    return round(length * make_config(profile).training.n_tokens)
-
-
 def references(profile: str) -> list[RunConfig]:
     """Fine-tuning at its tuned rate with three seeds, to whose mean learning is relative on every page."""
     return [arm(profile, "fine_tuning", seed=seed) for seed in range(3)]
@@ -56,11 +51,12 @@ def methods(profile: str, learning_rates: Sequence[float], seed: int, **changes:
 
 
 def repeats(
-    profile: str, best_learning_rates: Mapping[str, float], seeds: Sequence[int], **changes: Any
+    profile: str, best_learning_rates: Mapping[str, float], seeds: Sequence[int], length: float, **changes: Any
 ) -> list[RunConfig]:
-    """Every method at its best learning rate, with every seed."""
+    """Every method at its best learning rate, with every seed, trained `length` times as long as the profile says."""
+    n_tokens = round(length * make_config(profile).training.n_tokens)
     return [
-        arm(profile, method, learning_rate=rate, seed=seed, **changes)
+        arm(profile, method, learning_rate=rate, seed=seed, n_tokens=n_tokens, **changes)
         for method, rate in best_learning_rates.items()
         for seed in seeds
     ]

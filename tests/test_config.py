@@ -120,11 +120,11 @@ def test_arms_of_the_methods():
         (m, r, 1) for m in METHODS for r in (1e-3, 2e-3, 4e-3)
     }
     best = {"lora": 1e-3, "neutral_residues": 2e-3}
-    repeated = experiments.repeats("laptop", best, [0, 1])
+    repeated = experiments.repeats("laptop", best, [0, 1], length=2.0)
     assert sorted((c.method.method, c.training.learning_rate, c.seed) for c in repeated) == [
         ("lora", 1e-3, 0), ("lora", 1e-3, 1), ("neutral_residues", 2e-3, 0), ("neutral_residues", 2e-3, 1)
     ]  # fmt: skip
-    assert set(repeated) & set(arms)  # a repeated run of the search is loaded, not trained again
+    assert {c.training.n_tokens for c in repeated} == {2 * arms[0].training.n_tokens}
     assert {c.method.extra_ratio for c in arms if c.method.method != "fine_tuning"} == {0.2}
 
 
