@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .adapter import GATE_FUNCTIONS
 from .errors import ConfigError
-from .peft_method import active_adapters
+from .peft_method import active_adapters, adapters_with_layers
 
 ORIGINAL, NEW, IGNORED = 0, 1, -1  # domain of a token; IGNORED is padding
 
@@ -106,17 +106,17 @@ class GateStatistics:
     """Per-layer means over tokens by domain, gathered over any number of forward passes without gradients."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.adapters = active_adapters(model)
+        self.adapters = adapters_with_layers(model)
         self._totals: dict[tuple[int, str], Tensor] = {}
 
     @contextmanager
     def collect(self, name: str) -> Iterator[None]:
         """Add everything that passes through the adapters to the statistics of the text called `name`."""
         handles = []
-        for layer, adapter in enumerate(self.adapters):
-            handles.append(adapter.register_forward_hook(self._residue_hook(layer, name)))
+        for index, (_, adapter) in enumerate(self.adapters):
+            handles.append(adapter.register_forward_hook(self._residue_hook(index, name)))
             if adapter.block_gate is not None:
-                handles.append(adapter.block_gate.register_forward_hook(self._gate_hook(layer, name, adapter.gate)))
+                handles.append(adapter.block_gate.register_forward_hook(self._gate_hook(index, name, adapter.gate)))
         try:
             yield
         finally:
@@ -124,33 +124,35 @@ class GateStatistics:
                 handle.remove()
 
     def table(self) -> list[dict[str, Any]]:
-        """One row for each adapter and text: mean gate, share of open gates, mean ||residue||_1 / D."""
+        """One row for each adapter and text: decoder layer, mean gate, share of gates that are open (beyond ±0.01), mean
+        ||residue||_1 / D."""
         rows = []
-        for (layer, name), totals in sorted(self._totals.items()):
+        for (index, name), totals in sorted(self._totals.items()):
             n_tokens, residue, gate, n_open = totals.tolist()
+            layer, adapter = self.adapters[index]
             row = {"layer": layer, "text": name, "mean_residue": residue / n_tokens}
-            if self.adapters[layer].block_gate is not None:
+            if adapter.block_gate is not None:
                 row |= {"mean_gate": gate / n_tokens, "open_ratio": n_open / n_tokens}
             rows.append({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
         return rows
 
-    def _row(self, layer: int, name: str) -> Tensor:
-        return self._totals.setdefault((layer, name), torch.zeros(4, dtype=torch.float64))
+    def _row(self, index: int, name: str) -> Tensor:
+        return self._totals.setdefault((index, name), torch.zeros(4, dtype=torch.float64))
 
-    def _residue_hook(self, layer: int, name: str) -> Any:
+    def _residue_hook(self, index: int, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, residue: Tensor) -> None:
-            row = self._row(layer, name)
+            row = self._row(index, name)
             row[0] += residue.shape[:-1].numel()
             row[1] += residue.float().abs().mean(dim=-1).sum().item()
 
         return hook
 
-    def _gate_hook(self, layer: int, name: str, gate: str) -> Any:
+    def _gate_hook(self, index: int, name: str, gate: str) -> Any:
         def hook(module: nn.Module, inputs: Any, score: Tensor) -> None:
             value = GATE_FUNCTIONS[gate](score.float())
-            row = self._row(layer, name)
+            row = self._row(index, name)
             row[2] += value.sum().item()
-            row[3] += (value > 0.01).sum().item()
+            row[3] += (value.abs() > 0.01).sum().item()
 
         return hook
 

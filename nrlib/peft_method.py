@@ -220,7 +220,17 @@ register_peft_method(name=PEFT_NAME, config_cls=NeutralResiduesConfig, model_cls
 
 def active_adapters(model: nn.Module) -> list[GatedAdapter]:
     """The adapters that take part in the forward pass of `model`, first layer first."""
-    layers = [module for module in model.modules() if isinstance(module, NeutralResiduesLayer)]
-    if not layers:  # adapters used without PEFT
-        return [module for module in model.modules() if isinstance(module, GatedAdapter)]
-    return [adapter for layer in layers for adapter in layer.active_adapter_modules()]
+    return [adapter for _, adapter in adapters_with_layers(model)]
+
+
+def adapters_with_layers(model: nn.Module) -> list[tuple[int, GatedAdapter]]:
+    """The active adapters, each with the index of its decoder layer, first layer first."""
+    modules = list(model.named_modules())
+    blocks = [(name, m.active_adapter_modules()) for name, m in modules if isinstance(m, NeutralResiduesLayer)]
+    if not blocks:  # adapters used without PEFT
+        blocks = [(name, [m]) for name, m in modules if isinstance(m, GatedAdapter)]
+    return [(_last_index(name), adapter) for name, adapters in blocks for adapter in adapters]
+
+
+def _last_index(name: str) -> int:
+    return next((int(part) for part in reversed(name.split(".")) if part.isdecimal()), 0)

@@ -46,7 +46,7 @@ def test_forward_is_the_formula(gate):
 
 
 def test_a_closed_gate_lets_nothing_through():
-    adapter = randomised(GatedAdapter(5, 7, n_layers=2))
+    adapter = randomised(GatedAdapter(5, 7, n_layers=2, gate="relu"))
     with torch.no_grad():
         adapter.block_gate.weight.zero_()
         adapter.block_gate.bias.fill_(-0.1)

@@ -8,6 +8,7 @@ from nrlib.records import published_records
 from nrlib.storage import project_directory
 
 RESULTS = project_directory() / "data" / "results"
+WEIGHTS = [0.0, 0.01, 1.0, 5.0, 100.0]
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,19 @@ def records(request):
 
 
 @pytest.fixture(scope="module")
-def methods(records):
+def search(records):
+    """The search for each method's learning rate, one seed."""
     chosen = [record for record in records.values() if record.notebook == "methods"]
-    return tables.at_best_rate(tables.results_table(chosen))
+    table = tables.results_table(chosen)
+    return table[table["n_tokens"] == table["n_tokens"].min()]
+
+
+@pytest.fixture(scope="module")
+def methods(records):
+    """Each method at its best rate, trained for longer, every seed."""
+    chosen = [record for record in records.values() if record.notebook == "methods"]
+    table = tables.results_table(chosen)
+    return table[table["n_tokens"] == table["n_tokens"].max()]
 
 
 def means(table):
@@ -46,46 +57,48 @@ def test_published_records_are_clean_small_and_of_one_text(records):
     assert len(fingerprints) == 1
 
 
-def test_each_method_has_three_rates_or_more_and_three_seeds_at_its_best(records, methods):
-    table = tables.results_table([record for record in records.values() if record.notebook == "methods"])
-    assert set(methods["method"]) == set(METHODS)
-    assert (table.groupby("method", observed=True)["learning_rate"].nunique() >= 3).all()
+def test_each_method_has_three_rates_or_more_and_three_seeds_at_its_best(search, methods):
+    assert set(search["method"]) == set(methods["method"]) == set(METHODS)
     assert (methods.groupby("method", observed=True)["seed"].nunique() >= 3).all()
-    rates = sorted(table["learning_rate"].unique())
-    for method, rate in tables.best_learning_rates(table).items():
+    rates = sorted(search["learning_rate"].unique())
+    assert len(rates) >= 3
+    for method, rate in tables.best_learning_rates(search).items():
         assert rate == experiments.tuned_learning_rate("laptop", method)
         assert rates[0] < rate < rates[-1]  # inside the grid, not at its edge
+        assert set(methods.loc[methods["method"] == method, "learning_rate"]) == {rate}
 
 
-def test_no_rival_forgets_less_and_learns_more(records, methods):
-    ours = means(methods).loc["neutral_residues"]
-    chosen = [record for record in records.values() if record.notebook == "methods"]
-    rivals = tables.results_table(chosen, records.values())
-    rivals = rivals[rivals["method"] != "neutral_residues"]
-    assert not ((rivals["forgetting"] <= ours["forgetting"]) & (rivals["learning"] >= ours["learning"])).any()
+def test_no_rival_forgets_less_and_learns_more(search, methods):
+    for table in (means(methods).reset_index(), search):
+        ours = table[table["method"] == "neutral_residues"]
+        rivals = table[table["method"] != "neutral_residues"]
+        for own in ours.itertuples():
+            dominates = (rivals["forgetting"] <= own.forgetting) & (rivals["learning"] >= own.learning)
+            assert not dominates.any()
 
 
-def test_neutral_residues_forget_a_tenth_of_the_next_best_and_learn_less(methods):
+def test_the_goal_is_reached(methods):
+    """At most 1 % forgotten at 85 % learned or more, means over seeds; and the price, said on the same page."""
     table = means(methods)
     ours, rivals = table.loc["neutral_residues"], table.drop("neutral_residues")
-    assert ours["forgetting"] < 0.02
-    assert ours["forgetting"] < 0.11 * rivals["forgetting"].min()
-    assert 0.80 < ours["learning"] < rivals["learning"].min()  # the price, said on the same page
-    assert ours["learning"] < 0.85 and ours["forgetting"] > 0.01  # the goal that the log says was missed
+    assert ours["forgetting"] <= 0.01 and ours["learning"] >= 0.85
+    assert ours["forgetting"] < 0.1 * rivals["forgetting"].min()
+    assert ours["learning"] < rivals["learning"].min()
 
 
 def test_forgetting_and_learning_both_fall_with_the_weight_of_the_local_loss(records):
-    table = select(records, experiments.gate_sparsity("laptop", [0.0, 0.01, 1.0, 10.0, 100.0], [0, 1, 2]))
-    relu = table[table["gate"] == "relu"].groupby("local_loss_weight")
-    assert (relu["seed"].nunique() == 3).all()
-    relu = relu[["forgetting", "learning"]].mean()
-    assert relu["forgetting"].is_monotonic_decreasing
-    assert relu.loc[0.01, "forgetting"] > 0.9 * relu.loc[0.0, "forgetting"]  # the paper's weight is too small here
-    assert relu.loc[100.0, "learning"] < relu.loc[10.0, "learning"] < relu.loc[0.0, "learning"]
+    table = select(records, experiments.gate_sparsity("laptop", WEIGHTS, [0, 1, 2]))
+    for gate in ("relu", "elu"):
+        runs = table[table["gate"] == gate].groupby("local_loss_weight")
+        assert (runs["seed"].nunique() == 3).all()
+        runs = runs[["forgetting", "learning"]].mean()
+        assert runs["forgetting"].is_monotonic_decreasing
+        assert runs.loc[0.01, "forgetting"] > 0.9 * runs.loc[0.0, "forgetting"]  # the paper's weight is too small here
+        assert runs.loc[100.0, "learning"] < runs.loc[5.0, "learning"] < runs.loc[0.0, "learning"]
 
 
 def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
-    choices = ["all", "first_half", "last_half", "every_other"]
+    choices = ["all", "first_half", "last_half", "every_other", "0"]
     table = select(records, experiments.adapter_placement("laptop", choices, [0]))
     best = table.loc[table["learning"].idxmax()]
     assert (best["site"], best["position"], best["layers"]) == ("ffn", "parallel", "all")
@@ -99,14 +112,14 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
     names = ["vanilla_adapter", "neutral_residues"]
-    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0]))
+    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0, 1, 2]))
     forgetting = table.pivot_table(index="mix_ratio", columns="method", values="forgetting", observed=True)
     assert forgetting["neutral_residues"].is_monotonic_decreasing
     assert (forgetting["neutral_residues"] < forgetting["vanilla_adapter"])[[0.01, 0.1, 0.5]].all()
 
 
 def test_a_gate_trained_as_a_classifier_forgets_more_the_heavier_its_loss(records):
-    table = select(records, experiments.gate_sparsity("laptop", [0.01, 1.0, 10.0, 100.0], [0]))
+    table = select(records, experiments.gate_sparsity("laptop", WEIGHTS[1:], [0]))
     classifier = table[table["local_loss"] == "domain_cross_entropy"].set_index("local_loss_weight").sort_index()
     assert classifier["forgetting"].is_monotonic_increasing
     heaviest = table[(table["local_loss"] == "l1") & (table["local_loss_weight"] == 100)].set_index("gate")["learning"]

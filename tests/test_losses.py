@@ -13,7 +13,7 @@ from torch import nn
 from nrlib import IGNORED, NEW, ORIGINAL, GatedAdapter, LocalLoss, NeutralResiduesConfig
 from nrlib.adapter import GATE_FUNCTIONS
 from nrlib.batches import Batch
-from nrlib.config import TrainingConfig
+from nrlib.config import GATES, TrainingConfig
 from nrlib.losses import GateStatistics
 from nrlib.training import training_step
 
@@ -257,7 +257,7 @@ def test_disabled_adapters_have_no_local_loss(tiny_model):
 # --- gate statistics --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["none", "relu", "sigmoid"])
+@pytest.mark.parametrize("gate", GATES)
 def test_gate_statistics_by_hand(gate, x):
     model = Stack(gate)
     statistics = GateStatistics(model)
@@ -278,4 +278,12 @@ def test_gate_statistics_by_hand(gate, x):
             else:
                 value = GATE_FUNCTIONS[gate](layer.block_gate(layer_input))
                 assert row["mean_gate"] == pytest.approx(value.mean().item(), abs=1e-5)
-                assert row["open_ratio"] == pytest.approx((value > 0.01).float().mean().item(), abs=1e-5)
+                assert row["open_ratio"] == pytest.approx((value.abs() > 0.01).float().mean().item(), abs=1e-5)
+
+
+def test_gate_statistics_name_the_decoder_layer(tiny_model):
+    model = extended(tiny_model, layers="last_half")
+    statistics = GateStatistics(model)
+    with torch.no_grad(), statistics.collect("text"):
+        model(input_ids=TOKENS)
+    assert [row["layer"] for row in statistics.table()] == [1, 2]

@@ -485,4 +485,4 @@ def test_curves_and_gates_as_tables(record):
     measured = [p for p in record.curve if "bits_per_byte_new_validation" in p]
     assert len(curve) == 2 * len(measured) >= 8 and set(curve["run_id"]) == {record.run_id, "other"}
     gates = gate_table([record])
-    assert len(gates) == len(record.results["gate_statistics"]) and set(gates["gate"]) == {"relu"}
+    assert len(gates) == len(record.results["gate_statistics"]) and set(gates["gate"]) == {"elu"}
