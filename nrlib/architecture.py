@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,16 +18,8 @@ BLOCK_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of one kind: their full names, first layer first, and the model width D."""
-
-    names: tuple[str, ...]
-    d_model: int
-
-
-def find_blocks(model: nn.Module, site: str) -> Blocks:
-    """The feed-forward or attention block of every decoder layer.
+def find_blocks(model: nn.Module, site: str) -> list[str]:
+    """The full name of the feed-forward or attention block of every decoder layer, first layer first.
 
     Raises
     ------
@@ -43,11 +34,22 @@ def find_blocks(model: nn.Module, site: str) -> Blocks:
         if block is None:
             raise BackboneError(
                 f"No {site} block was found in {layers_name}.{index} of {type(model).__name__}: looked for "
-                f"{', '.join(BLOCK_NAMES[site])}; the layer has {', '.join(children)}. Name the blocks yourself with "
-                f"target_modules, for example target_modules=['{layers_name}.{index}.{children[-1]}', …]."
+                f"{', '.join(BLOCK_NAMES[site])}; the layer has {', '.join(children)}. Give the full names of the blocks "
+                f"yourself: target_modules=['{layers_name}.0.NAME', '{layers_name}.1.NAME', …]."
             )
         names.append(f"{layers_name}.{index}.{block}")
-    return Blocks(tuple(names), model_width(model))
+    return names
+
+
+def layer_children(model: nn.Module) -> list[str]:
+    """The full names of what the first decoder layer holds: the candidates for target_modules."""
+    name, layers = _decoder_layers(model)
+    return [f"{name}.0.{child}" for child, _ in layers[0].named_children()]
+
+
+def count_layers(model: nn.Module) -> int:
+    """L, the number of decoder layers."""
+    return len(_decoder_layers(model)[1])
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

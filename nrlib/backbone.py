@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def load_backbone(name: str) -> PreTrainedModel:
     if Path(name).exists():  # one bar for each run of a sweep says nothing; a download's bar does
         logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # AdamW needs full-precision weights
     except Exception as error:  # hub errors come in a dozen classes
         raise BackboneError(_why_not_loaded(name, error)) from error
     finally:
@@ -207,7 +208,7 @@ def delete_checkpoint(name: str) -> None:
 
 def _why_not_loaded(name: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    if "gated" in text.lower() or re.search(r"\b40[13] Client Error", text):
         remedy = f"The model is gated: accept its licence on its hub page and log in with `hf auth login`, then retry {name!r}."
     elif Path(name).exists():
         remedy = "The folder exists, but holds no causal language model that transformers can load."

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from .config import PROFILES, parameters
+from .config import PROFILES, flat_values, make_config, parameters
 from .errors import NrlibError
 from .pages import check_pages
 from .storage import atomic_directory, project_directory
@@ -167,6 +167,7 @@ def parameters_table() -> str:
         "| name | type | default | allowed | meaning |",
         "|---|---|---|---|---|",
     ]
+    values = flat_values(make_config("smoke"))
     for name, field in parameters().items():
         choices, minimum, maximum = (field.metadata[key] for key in ("choices", "minimum", "maximum"))
         if choices := tuple(PROFILES) if name == "profile" else choices:
@@ -174,7 +175,7 @@ def parameters_table() -> str:
         else:
             limits = [f"{sign} {limit:g}" for sign, limit in (("≥", minimum), ("≤", maximum)) if limit is not None]
             allowed = " and ".join(limits) or "any"
-        default = f"`{field.default!r}`" if field.default != "" else "empty"
+        default = f"`{values[name]!r}`" if values[name] != "" else "empty"
         meaning = field.metadata["description"].replace("|", r"\|")
         lines.append(f"| `{name}` | {type(field.default).__name__} | {default} | {allowed} | {meaning} |")
     return "\n".join([*lines, ":::", ""])

@@ -245,6 +245,13 @@ def config_from_flat(profile: str, values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(profile=profile, seed=values.get("seed", 0), **parts)
 
 
+def flat_values(config: RunConfig) -> dict[str, Any]:
+    """Every parameter of a run with its value, by flat name."""
+    parts = config.to_dict()
+    flat = {name: value for part in parts.values() if isinstance(part, dict) for name, value in part.items()}
+    return flat | {name: value for name, value in parts.items() if not isinstance(value, dict)}
+
+
 def config_from_dict(stored: Mapping[str, Any]) -> RunConfig:
     """The inverse of `RunConfig.to_dict`."""
     parts = {part: cls(**stored[part]) for part, cls in _PARTS.items()}

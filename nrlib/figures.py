@@ -4,6 +4,7 @@ alone, and nothing is drawn that is not in the table."""
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class _Picture(Figure):
 
 
 def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure:
-    """Learning against forgetting by method: all runs faint, those at the best learning rate solid, each seed a point.
+    """Learning against forgetting by method: the runs of `table` faint, those of `best` solid, each seed a point.
 
     Better is right and down. Lines join the means of one method's learning rates, from the lowest rate to the highest.
     """
@@ -68,7 +69,8 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
         axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
         axes.minorticks_off()
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_ylim(min(0.0, 1.3 * table["forgetting"].min()), 1.5 * table["forgetting"].max())
+        forgetting = pd.concat([table["forgetting"], best["forgetting"]])
+        axes.set_ylim(min(0.0, 1.3 * forgetting.min()), 1.5 * forgetting.max())
         _percent(axes, x=True, y=True)
         axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
         axes.set_ylabel("forgetting on the original domain\n(down is better)")
@@ -133,7 +135,7 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
         figure = _Picture(figsize=(9, 3.4), layout="constrained")
         axes = figure.subplots(1, len(texts), sharey=True)
         for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
-            for weight, color, marker in zip(weights, colors, _MARKERS, strict=False):
+            for weight, color, marker in zip(weights, colors, itertools.cycle(_MARKERS), strict=False):
                 chosen = gates[(gates["text"] == text) & (gates["local_loss_weight"] == weight)]
                 means = chosen.groupby("layer")[value].mean()
                 ax.plot(means.index, means, color=color, marker=marker, label=f"{weight:g}")

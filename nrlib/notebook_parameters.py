@@ -189,13 +189,19 @@ def _resolve(parameter: Parameter, value: Any) -> Any:
     if isinstance(value, list):
         return [_resolve(parameter, item) for item in value]
     singular = _singular(parameter.name)
-    if singular in _CORPORA:
-        if value.startswith("file:"):
-            value = f"file:{Path(value.removeprefix('file:')).expanduser().absolute()}" if value != "file:" else value
-        if value or not (singular == "proxy" or parameter.default == ""):
-            check_spec(value)
-    elif singular == "backbone_name" and value and Path(value).is_dir():
-        value = str(Path(value).absolute())
+    value = absolute_path(singular, value)
+    if singular in _CORPORA and (value or not (singular == "proxy" or parameter.default == "")):
+        check_spec(value)
+    return value
+
+
+def absolute_path(name: str, value: Any) -> Any:
+    """The value of a parameter, with a relative path in it (`file:` corpora, a local backbone) made absolute, so that it
+    means the same from any folder."""
+    if name in _CORPORA and value.startswith("file:") and value != "file:":
+        return f"file:{Path(value.removeprefix('file:')).expanduser().absolute()}"
+    if name == "backbone_name" and value and Path(value).is_dir():
+        return str(Path(value).absolute())
     return value
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, NrlibError, RecordError
+from .errors import ConfigError, NrlibError
 from .notebook_parameters import Parameter, check_parameters, convert_value, read_parameters
 from .storage import atomic_path, fingerprint, project_directory
 
@@ -87,7 +87,9 @@ def execute_notebook(
     declared, changes = read_parameters(path), check_parameters(path, changes or {})
     changes = {name: value for name, value in changes.items() if value != declared[name].default}
     if publish:
-        _check_publishable(path.stem)
+        from .records import check_clean_tree  # torch is slow to import
+
+        check_clean_tree()
     folder = Path(output_directory) if output_directory else project_directory() / "build" / "notebooks"
     target = folder.absolute() / f"{path.stem}{'-' + fingerprint(changes, 8) if changes else ''}.ipynb"
     failed = target.with_suffix(".failed.ipynb")
@@ -184,16 +186,6 @@ def _last_started_cell(executed: Path) -> int:
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     started = [i for i, cell in enumerate(cells, 1) if cell["metadata"].get("papermill", {}).get("status") != "pending"]
     return max(started, default=1)
-
-
-def _check_publishable(name: str) -> None:
-    from .records import git_state
-
-    if git_state()[1]:
-        raise RecordError(
-            f"The records of {name} cannot be published: the working tree has uncommitted changes, so no commit "
-            "describes the code that would make them. Commit first, or run without --publish."
-        )
 
 
 def render_page(executed: Path | str) -> Path:

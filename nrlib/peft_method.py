@@ -17,7 +17,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from .adapter import GatedAdapter
-from .architecture import find_blocks, select_layers, width_for_budget
+from .architecture import count_layers, find_blocks, layer_children, model_width, select_layers, width_for_budget
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
 
@@ -165,20 +165,27 @@ class NeutralResiduesModel(BaseTuner):
     tuner_layer_cls = NeutralResiduesLayer
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> NeutralResiduesConfig:
-        blocks = find_blocks(self.model, peft_config.site)
+        for name, value in getattr(peft_config, "_filled_in", {}).items():  # for another model, perhaps of another size
+            if getattr(peft_config, name) == value:
+                setattr(peft_config, name, None)
+        filled_in: dict[str, Any] = {}
         if peft_config.target_modules is None:
-            peft_config.target_modules = [blocks.names[i] for i in select_layers(peft_config.layers, len(blocks.names))]
+            names = find_blocks(self.model, peft_config.site)
+            filled_in["target_modules"] = [names[index] for index in select_layers(peft_config.layers, len(names))]
+        targets = filled_in.get("target_modules", peft_config.target_modules)
         known = {name for name, _ in self.model.named_modules()}
-        missing = [name for name in peft_config.target_modules if name not in known]
+        missing = [name for name in targets if name not in known]
         if missing:
             raise ConfigError(
-                f"target_modules names {missing[0]!r}, which this model does not have. Blocks found for site = "
-                f"{peft_config.site!r}: {', '.join(blocks.names)}."
+                f"target_modules names {missing[0]!r}, which {type(self.model).__name__} does not have. Its decoder layers "
+                f"hold: {', '.join(layer_children(self.model))}."
             )
         if peft_config.width is None:
-            peft_config.width = width_for_budget(
-                self.model, peft_config.extra_ratio, len(peft_config.target_modules), peft_config.gate != "none"
-            )
+            has_gate = peft_config.gate != "none"
+            filled_in["width"] = width_for_budget(self.model, peft_config.extra_ratio, len(targets), has_gate)
+        for name, value in filled_in.items():
+            setattr(peft_config, name, value)
+        peft_config._filled_in = filled_in
         return peft_config
 
     @staticmethod
@@ -196,8 +203,7 @@ class NeutralResiduesModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, NeutralResiduesLayer) else NeutralResiduesLayer(target)
-        blocks = find_blocks(self.model, peft_config.site)
-        layer.update_layer(adapter_name, peft_config, blocks.d_model, len(blocks.names))
+        layer.update_layer(adapter_name, peft_config, model_width(self.model), count_layers(self.model))
         if adapter_name not in self.active_adapters:
             layer.neutral_residues_adapters[adapter_name].requires_grad_(False)
         if layer is not target:

@@ -3,6 +3,7 @@ written only from a clean tree; all others lie in the cache."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -76,9 +77,14 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-def check_publishable() -> None:
-    """Raise RecordError if records are to be published from a tree with uncommitted changes."""
-    if os.environ.get("NRLIB_PUBLISH") == "1" and git_state()[1]:
+def is_publishing() -> bool:
+    """Whether new records are to go to data/results/."""
+    return os.environ.get("NRLIB_PUBLISH") == "1"
+
+
+def check_clean_tree() -> None:
+    """Raise RecordError if the working tree has uncommitted changes: no commit would describe what it publishes."""
+    if git_state()[1]:
         raise RecordError(
             "Records cannot be published: the working tree has uncommitted changes, so no commit describes the code "
             "that would make them. Commit first, or run without --publish."
@@ -91,27 +97,29 @@ def save_record(record: Record) -> Path:
     Raises
     ------
     RecordError
-        When a record of a tree with uncommitted changes would be published.
+        When a record is to be published whose tree had or got uncommitted changes; it is written into the cache.
     """
-    folder = cache_directory() / "records"
-    if os.environ.get("NRLIB_PUBLISH") == "1":
-        if record.provenance["is_dirty"]:
-            raise RecordError(
-                f"{record.run_id} cannot be published: the working tree has uncommitted changes, so no commit "
-                "describes the code that made it. Commit first, or run without --publish."
-            )
-        folder = results_directory()
+    is_refused = is_publishing() and record.provenance["is_dirty"]
+    folder = results_directory() if is_publishing() and not is_refused else cache_directory() / "records"
     path = folder / f"{record.run_id}.json"
     parts = {key: json.dumps(value, ensure_ascii=False) for key, value in asdict(record).items()}
     lines = ",\n".join(f'"{key}": {value}' for key, value in parts.items())  # one line a part: readable differences
     with atomic_path(path) as temporary:
         temporary.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    if is_refused:
+        raise RecordError(
+            f"{record.run_id} cannot be published: the working tree changed while it ran, so no commit describes the code "
+            f"that made it. It is kept as {path}; commit, and run again to publish."
+        )
     return path
 
 
 def load_record(config: RunConfig) -> Record | None:
-    """The stored record of this configuration, a published one first; None if there is none."""
-    for folder in (results_directory(), cache_directory() / "records"):
+    """The stored record of this configuration, a published one first; None if there is none.
+
+    While publishing, only published records count: what lies in the cache may be of another commit.
+    """
+    for folder in (results_directory(), *(() if is_publishing() else (cache_directory() / "records",))):
         path = folder / f"{config.run_id}.json"
         if path.exists():
             record = read_record(path)
@@ -144,6 +152,16 @@ def read_record(path: Path) -> Record:
         return Record(**stored)
     except TypeError as error:
         raise RecordError(f"{path} is not a run record ({error}). Delete it, and the run is made again.") from error
+
+
+def readable_records() -> list[Record]:
+    """All records of this version, published and cached."""
+    found = []
+    for folder in (results_directory(), cache_directory() / "records"):
+        for path in sorted(folder.glob("*.json")):
+            with contextlib.suppress(RecordError):
+                found.append(read_record(path))
+    return found
 
 
 def published_records() -> Iterator[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,24 +12,47 @@ from .architecture import count_weights
 from .backbone import backbone_shape, checkpoint_hooks, delete_checkpoint, get_backbone
 from .batches import MixedBatches
 from .config import RunConfig
-from .corpora import check_spec
+from .corpora import check_spec, load_corpus
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
 from .methods import apply_method, count_extra_weights
-from .records import RESULT_VERSION, Record, check_publishable, collect_provenance, git_state, load_record, save_record
+from .records import (
+    RESULT_VERSION,
+    Record,
+    check_clean_tree,
+    collect_provenance,
+    git_state,
+    is_publishing,
+    load_record,
+    save_record,
+)
 from .storage import fingerprint
 from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
+from .tokenization import load_tokenizer
 from .training import TrainingState, train
 
 
 def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
     """The stored record of `config`, or a new run of it."""
-    record = load_record(config)
+    record = stored_record(config)
     if record is None:
-        check_publishable()
-        record = run(config, notebook=notebook, progress=progress)
+        if is_publishing():
+            check_clean_tree()
+        record, _ = run_and_keep(config, notebook=notebook, progress=progress)
         save_record(record)
         delete_checkpoint(config.run_id)
+    return record
+
+
+def stored_record(config: RunConfig) -> Record | None:
+    """The stored record of `config`, unless files it was made from have changed since."""
+    record = load_record(config)
+    if record is not None:
+        for role, spec in dataclasses.asdict(config.data).items():
+            if not str(spec).startswith("file:"):
+                continue
+            if load_corpus(spec, progress=False).fingerprint[:16] != record.provenance["corpora"][role]["fingerprint"]:
+                return None
     return record
 
 
@@ -45,11 +69,27 @@ def check_run(config: RunConfig) -> None:
         if spec:
             check_spec(spec)
     _n_steps(config)
-    apply_method(backbone_shape(config), config.method, config.seed)
+    shape = backbone_shape(config)
+    n_positions = getattr(shape.config, "max_position_embeddings", None)
+    if n_positions is not None and config.training.context_length > n_positions:
+        raise ConfigError(
+            f"context_length = {config.training.context_length} is more than the {n_positions} positions of the backbone "
+            f"{config.backbone.backbone_name!r}. Give at most {n_positions}."
+        )
+    if config.backbone.backbone_name:
+        load_tokenizer(config.backbone.backbone_name)
+    apply_method(shape, config.method, config.seed)
 
 
 def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
     """Train and measure, without storing the result."""
+    record, _ = run_and_keep(config, notebook=notebook, progress=progress)
+    delete_checkpoint(config.run_id)
+    return record
+
+
+def run_and_keep(config: RunConfig, *, notebook: str = "", progress: bool = True) -> tuple[Record, nn.Module]:
+    """Train and measure; returns the trained model too. The caller deletes the checkpoint when the result is safe."""
     git_at_start = git_state()
     check_run(config)
     text = prepare_text(config.data, config.backbone, progress)
@@ -74,7 +114,7 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
         "gate_statistics": [row for row in statistics if row["text"] in TEST_SETS],
     }
     provenance = collect_provenance(config, text.corpora, device, state.seconds, git_at_start)
-    return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance)
+    return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance), model
 
 
 def make_batches(config: RunConfig, text: PreparedText) -> MixedBatches:
@@ -102,6 +142,7 @@ def extend(
 ) -> tuple[nn.Module, TrainingState]:
     """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
     c, method = config.training, config.method
+    made_from = [RESULT_VERSION, text.corpora, *(git_state() if is_publishing() else ())]
     batches = make_batches(config, text)
     model = apply_method(backbone, method, config.seed)
 
@@ -115,7 +156,7 @@ def extend(
         c,
         local_loss=method.local_loss,
         local_loss_weight=method.local_loss_weight,
-        hooks=checkpoint_hooks(config.run_id, fingerprint([RESULT_VERSION, text.corpora]), measure=measure),
+        hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure),
         description=config.run_id,
         progress=progress,
     )

@@ -101,12 +101,6 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _why_not_written(error: Exception, path: Path) -> str:
     """What the system refused, or '' for an error of another kind. Writers in C++ and Rust raise no OSError."""
     if isinstance(error, OSError) and error.errno is not None:

@@ -15,16 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .backbone import delete_checkpoint, get_backbone
+from .backbone import get_backbone
 from .config import RunConfig
 from .errors import NrlibError
 from .machine import pick_device
-from .records import Record, check_publishable, load_record
-from .runs import check_run, make_batches, run, run_or_load
+from .records import Record, check_clean_tree, is_publishing
+from .runs import check_run, make_batches, run_or_load, stored_record
 from .storage import project_directory
 from .texts import prepare_text
 
@@ -60,16 +59,17 @@ def sweep(
         When arms failed, after all others have finished and are stored.
     """
     arms = {config.run_id: config for config in configs}
-    records = {run_id: record for run_id, config in arms.items() if (record := load_record(config)) is not None}
+    records = {run_id: record for run_id, config in arms.items() if (record := stored_record(config)) is not None}
     missing = [config for run_id, config in arms.items() if run_id not in records]
     n_loaded, failures = len(records), {}
     for config in missing:
         check_run(config)
     if missing:
-        check_publishable()
+        if is_publishing():
+            check_clean_tree()
         _prepare(missing, progress)
         bar = tqdm(total=len(arms), initial=n_loaded, desc=f"runs {notebook}".strip(), unit="run", disable=not progress)
-        for run_id, outcome in _outcomes(missing, notebook, n_workers, executor):
+        for run_id, outcome in _outcomes(missing, notebook, n_workers, executor, progress):
             if isinstance(outcome, Record):
                 records[run_id] = outcome
             else:
@@ -97,15 +97,8 @@ def _prepare(configs: Sequence[RunConfig], progress: bool) -> None:
         get_backbone(config, prepare_text(config.data, config.backbone, progress), progress)
 
 
-def _run_afresh(config: RunConfig) -> Record:
-    delete_checkpoint(config.run_id)
-    record = run(config, progress=False)
-    delete_checkpoint(config.run_id)
-    return record
-
-
 def _outcomes(
-    configs: Sequence[RunConfig], notebook: str, n_workers: int | None, executor: Executor | None
+    configs: Sequence[RunConfig], notebook: str, n_workers: int | None, executor: Executor | None, progress: bool
 ) -> Iterator[tuple[str, Record | Exception]]:
     if executor is not None:
         yield from _submit(executor, configs, notebook)
@@ -113,7 +106,7 @@ def _outcomes(
     n_workers = min(n_workers or _default_workers(), len(configs))
     if n_workers == 1:
         for config in configs:
-            yield config.run_id, _run_here(config, notebook)
+            yield config.run_id, _run_here(config, notebook, progress)
         return
     waiting = {config.run_id: config for config in configs}
     for _ in range(N_TRIES):
@@ -144,9 +137,9 @@ def _submit(
         yield futures[future], future.result() if failure is None else _as_exception(failure)
 
 
-def _run_here(config: RunConfig, notebook: str) -> Record | Exception:
+def _run_here(config: RunConfig, notebook: str, progress: bool) -> Record | Exception:
     try:
-        return run_or_load(config, notebook=notebook)
+        return run_or_load(config, notebook=notebook, progress=progress)
     except Exception as error:
         return error
 
@@ -159,9 +152,15 @@ def _default_workers() -> int:
     return 1 if pick_device().type != "cpu" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 
 
-def _pool(n_workers: int) -> ProcessPoolExecutor:
+@contextmanager
+def _pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")  # fork would copy a process whose threads already run
-    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+    with ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+        try:
+            yield pool
+        except BaseException:  # interrupted: what has not begun shall not
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _start_worker(parent: int) -> None:
@@ -205,22 +204,3 @@ def read_counts() -> dict[str, int]:
             counts = json.loads(line)
             totals = {key: value + counts[key] for key, value in totals.items()}
     return totals
-
-
-def reproduce(records: Sequence[Record], n_workers: int | None = None) -> pd.DataFrame:
-    """Train the runs of `records` again and compare: run_id, metric, published, reproduced, difference."""
-    configs = [record.run_config for record in records]
-    _prepare(configs, progress=True)
-    n_workers = min(n_workers or _default_workers(), len(configs))
-    with _worker_environment(), _pool(n_workers) as pool:
-        futures = [pool.submit(_run_afresh, config) for config in configs]
-        for _ in tqdm(as_completed(futures), total=len(futures), desc="reproduce", unit="run"):
-            pass
-    rows = [
-        {"run_id": old.run_id, "metric": name, "published": value, "reproduced": new.result().results["bits_per_byte"][name]}
-        for old, new in zip(records, futures, strict=True)
-        for name, value in old.results["bits_per_byte"].items()
-    ]  # fmt: skip
-    table = pd.DataFrame(rows)
-    table["difference"] = table["reproduced"] - table["published"]
-    return table

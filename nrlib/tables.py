@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .config import METHODS, RunConfig
+from .config import METHODS, RunConfig, make_config
 from .evaluation import learning
 from .records import Record
 
@@ -32,7 +32,7 @@ def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -
         }
         for part in FLAT_CONFIG:
             row |= record.config[part]
-        row |= {"original": record.config["data"]["original"], "seed": record.config["seed"]}
+        row["seed"] = record.config["seed"]
         fine_tuning = best.get(_setting(record.run_config))
         new, backbone_new = results["bits_per_byte"]["new"], results["backbone_bits_per_byte"]["new"]
         row |= {
@@ -150,8 +150,8 @@ def _setting(config: RunConfig) -> tuple[Any, ...]:
 
 
 def _fine_tuning_references(records: Sequence[Record]) -> dict[tuple[Any, ...], float]:
-    """Mean test bits per byte on the new domain of fine-tuning at its best rate, by setting; the mix ratio is the one
-    of most fine-tuning runs of that setting (the profile's default)."""
+    """Mean test bits per byte on the new domain of fine-tuning at its best rate, by setting; the mix ratio is the
+    profile's, or that of most fine-tuning runs where none has it."""
     by_setting: dict[tuple[Any, ...], list[Record]] = {}
     for record in {r.run_id: r for r in records}.values():
         if record.config["method"]["method"] == "fine_tuning":
@@ -171,5 +171,8 @@ def _best_fine_tuning(records: Sequence[Record]) -> float:
         }
         for r in records
     )
-    table = table[table["mix_ratio"] == table["mix_ratio"].mode().max()]
+    mix_ratio = make_config(records[0].config["profile"]).training.mix_ratio
+    if mix_ratio not in set(table["mix_ratio"]):
+        mix_ratio = table["mix_ratio"].mode().max()
+    table = table[table["mix_ratio"] == mix_ratio]
     return float(at_best_rate(table)["test"].mean())

@@ -64,6 +64,11 @@ def prepare_text(data: DataConfig, backbone: BackboneConfig, progress: bool = Tr
     new = split_corpus(corpora["new_domain"].documents)
     chosen = {role: {d.id for d in corpus.documents} for role, corpus in corpora.items()}
 
+    if shared := chosen.get("proxy", set()) & chosen["unseen_original"]:
+        raise CorpusError(
+            f"proxy = {data.proxy!r} and unseen_original = {data.unseen_original!r} share {len(shared)} documents, for "
+            f"example {min(shared)!r}. Forgetting is measured on text outside the proxy: choose two that share nothing."
+        )
     training = {role: _pick(original.train, chosen[role]) for role in ("original", "proxy") if role in corpora}
     if backbone.backbone_name:
         tokenizer = load_tokenizer(backbone.backbone_name)
@@ -131,7 +136,27 @@ def _specs(data: DataConfig) -> dict[str, str]:
 
 
 def _pool(corpora: Sequence[Corpus]) -> list[Document]:
-    return list({document.id: document for corpus in corpora for document in corpus.documents}.values())
+    """The documents of all corpora, those of several once. An id that stands for two texts would let one corpus train on
+    what another is measured on."""
+    pooled: dict[str, tuple[Document, Corpus]] = {}
+    for corpus in corpora:
+        for document in corpus.documents:
+            known, other = pooled.get(document.id, (document, corpus))
+            if not _is_one_page(known, document):
+                raise CorpusError(
+                    f"The id '{document.id}' stands for one text in {other.spec} and for another in {corpus.spec}, so "
+                    "nothing would keep what is trained on apart from what is measured on. Give the files other names, "
+                    "or the rows other ids."
+                )
+            pooled[document.id] = document, corpus
+    return [document for document, _ in pooled.values()]
+
+
+def _is_one_page(one: Document, other: Document) -> bool:
+    """Whether the texts are equal but for paragraphs that one corpus leaves out because it has them elsewhere."""
+    if one.text == other.text:
+        return True
+    return one.source == other.source and not set(one.text.split("\n\n")).isdisjoint(other.text.split("\n\n"))
 
 
 def _pick(documents: Sequence[Document], ids: set[str]) -> list[Document]:

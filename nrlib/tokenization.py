@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .corpora.documents import Document
-from .errors import CorpusError
+from .errors import BackboneError, CorpusError
 from .storage import atomic_directory, cache_directory, fingerprint
 
 if TYPE_CHECKING:
@@ -57,10 +57,29 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """A tokenizer saved by `train_tokenizer`, or any other from a local folder or the hub."""
+    """A tokenizer saved by `train_tokenizer`, or any other from a local folder or the hub.
+
+    Raises
+    ------
+    BackboneError
+        When there is none, or it has no token that ends a text.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up, where only the model is there
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # a dozen classes, as for models
+        raise BackboneError(
+            f"The tokenizer of {str(folder)!r} could not be loaded. A backbone needs its tokenizer beside it: save it "
+            f"into the same folder with tokenizer.save_pretrained(). ({type(error).__name__}: {str(error).strip()[:300]})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise BackboneError(
+            f"The tokenizer of {str(folder)!r} has no end-of-text token, which stands between documents. Set one: "
+            "tokenizer.eos_token = '…', then save the tokenizer again."
+        )
     tokenizer.model_max_length = int(1e30)  # packed text is long by design; there is no sequence to truncate
     return tokenizer
 

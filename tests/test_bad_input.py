@@ -16,7 +16,7 @@ from nrlib.backbone import check_is_causal, checkpoint_hooks, load_backbone
 from nrlib.config import make_config
 from nrlib.errors import BackboneError, ConfigError, CorpusError, NrlibError, StorageError
 from nrlib.runs import run_or_load
-from nrlib.storage import atomic_directory, atomic_path, cache_directory, write_json
+from nrlib.storage import atomic_directory, atomic_path, cache_directory
 from nrlib.sweep import sweep
 
 
@@ -159,6 +159,40 @@ def test_a_vocabulary_larger_than_the_text(n_documents, small_config, monkeypatc
     check(caught.value, CorpusError, ("50000", "vocabulary_size"))
 
 
+# --- a backbone's surroundings and texts that must stay apart -----------------------------------------------------------
+
+
+def test_a_backbone_without_a_tokenizer_or_with_too_few_positions(tiny_model, tmp_path, no_work):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    config = make_config("smoke", backbone_name=str(tmp_path))
+    with pytest.raises(BackboneError) as caught:
+        run_or_load(config, progress=False)
+    check(caught.value, BackboneError, (str(tmp_path), "tokenizer", "save_pretrained"))
+    with pytest.raises(ConfigError) as caught:
+        run_or_load(make_config("smoke", backbone_name=str(tmp_path), context_length=129), progress=False)
+    check(caught.value, ConfigError, ("context_length = 129", "128 positions"))
+
+
+def write_texts(folder, *texts):
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    return f"file:{folder}/*.txt"
+
+
+def test_one_id_for_two_texts_of_the_original_domain(small_config, tmp_path):
+    old, held_out = write_texts(tmp_path / "old", "one", "two"), write_texts(tmp_path / "held_out", "three", "four")
+    with pytest.raises(CorpusError) as caught:
+        run_or_load(small_config(proxy=old, unseen_original=held_out), progress=False)
+    check(caught.value, CorpusError, ("'0.txt'", old, held_out, "other names"))
+
+
+def test_a_proxy_that_holds_the_text_forgetting_is_measured_on(small_config):
+    with pytest.raises(CorpusError) as caught:
+        run_or_load(small_config(proxy="synthetic:aurelian?n_documents=150"), progress=False)
+    check(caught.value, CorpusError, ("share", "outside the proxy", "synthetic:aurelian/manual"))
+
+
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
@@ -166,16 +200,21 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def write_text(path, text):
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def left_in(folder):
     return sorted(path.name for path in folder.rglob("*"))
 
 
 def test_a_full_disk_while_renaming(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"old": 1})
+    write_text(tmp_path / "a.json", "old")
     (tmp_path / "b").mkdir()
     monkeypatch.setattr(os, "replace", no_space)
     with pytest.raises(StorageError) as caught:
-        write_json(tmp_path / "a.json", {"new": 2})
+        write_text(tmp_path / "a.json", "new")
     check(caught.value, StorageError, (str(tmp_path / "a.json"), "No space left", "Free some space"))
     with pytest.raises(StorageError), atomic_directory(tmp_path / "c") as folder:
         (folder / "part").write_text("text")
@@ -236,7 +275,7 @@ def test_a_checkpoint_a_record_and_tokens_on_a_full_disk(full_device, tmp_path, 
     with pytest.raises(StorageError):
         checkpoint_hooks("run").save({"weights": {"w": torch.zeros(100_000)}})
     with pytest.raises(StorageError):
-        write_json(tmp_path / "record.json", {"a": "b" * 100_000})
+        write_text(tmp_path / "record.json", "b" * 100_000)
     with pytest.raises(StorageError), atomic_path(tmp_path / "tokens.npy") as path, open(path, "wb") as handle:
         np.save(handle, np.zeros(100_000))
     assert left_in(tmp_path) == ["checkpoints"]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from nrlib import cli, notebooks, runs, sweep
+from nrlib import cli, notebooks, runs
 from nrlib.cli import app
 from nrlib.commands import doctor, extend, reproduce
 from nrlib.config import make_config, parameters
 from nrlib.errors import ConfigError
 from nrlib.records import Record, save_record
+from nrlib.runs import run_or_load
 
 COMMANDS = ("run", "extend", "records", "corpora", "bench", "doctor", "reproduce")
 
@@ -331,13 +333,14 @@ def test_reproduce_reports_differences_and_fails_beyond_the_tolerance(monkeypatc
     publish(monkeypatch, *(make_record(seed=seed) for seed in range(4)), make_record("lora"))
     asked = []
 
-    def reproduce_with(difference):
+    def reproduce_with(difference, failures=""):
         def fake(records, n_workers=None):
             asked.append([record.run_id for record in records])
             rows = [(r.run_id, "new", 2.0, 2.0 + difference, difference) for r in records]
-            return pd.DataFrame(rows, columns=["run_id", "metric", "published", "reproduced", "difference"])
+            columns = ["run_id", "metric", "published", "reproduced", "difference"]
+            return pd.DataFrame(rows, columns=columns), failures
 
-        monkeypatch.setattr(sweep, "reproduce", fake)
+        monkeypatch.setattr(reproduce, "reproduce", fake)
 
     reproduce_with(0.001)
     assert call("reproduce").exit_code == 0
@@ -346,7 +349,21 @@ def test_reproduce_reports_differences_and_fails_beyond_the_tolerance(monkeypatc
     assert call("reproduce", "--tolerance", "0.0001").exit_code == 1
     reproduce_with(float("nan"))
     assert call("reproduce").exit_code == 1
+    reproduce_with(0.001, failures="1 of 5 runs failed")
+    result = call("reproduce")
+    assert result.exit_code == 1 and "1 of 5 runs failed" in result.output
     assert "no published records of the profile laptop" in refused("reproduce", "--profile", "laptop")
+
+
+def test_reproduce_trains_again_and_compares(small_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("NRLIB_RESULTS", str(tmp_path / "published"))
+    config = small_config(seed=61)
+    record = run_or_load(config, progress=False)
+    changed = {**record.results, "bits_per_byte": {**record.results["bits_per_byte"], "new": 1.0}}
+    table, failures = reproduce.reproduce([replace(record, results=changed)], n_workers=1)
+    differences = table.set_index("metric")["difference"]
+    assert not failures and differences["new"] == pytest.approx(record.results["bits_per_byte"]["new"] - 1.0)
+    assert (differences.drop("new") == 0).all()
 
 
 def test_reproduce_uses_texts_of_the_cache_but_nothing_trained(tmp_path, monkeypatch):

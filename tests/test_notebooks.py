@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nrlib import notebooks
+from nrlib import notebooks, records
 from nrlib.errors import ConfigError, CorpusError, NrlibError
 from nrlib.notebooks import check_parameters, execute_notebook, find_notebook, read_parameters, render_page
 from nrlib.storage import project_directory
@@ -233,7 +233,7 @@ def test_one_notebook_end_to_end(tmp_path, monkeypatch):
         tmp_path / "study.ipynb", "n_tokens = 1  # type: int  tokens", facts, failure, "print('end')"
     )
     output = tmp_path / "build"
-    monkeypatch.setattr(notebooks, "_check_publishable", lambda name: None)
+    monkeypatch.setattr(records, "git_state", lambda: ("0" * 40, False))
     monkeypatch.chdir(project_directory())
 
     executed = execute_notebook(study, {"n_tokens": 3}, output_directory=output, progress=False, publish=True)
@@ -290,8 +290,6 @@ def test_the_copy_is_named_after_what_differs_from_the_notebook(notebook, tmp_pa
 
 
 def test_publishing_from_a_changed_tree_stops_before_anything_runs(notebook, monkeypatch):
-    from nrlib import records
-
     monkeypatch.setattr(records, "git_state", lambda: ("0" * 40, True))
     monkeypatch.setattr(notebooks, "_run_papermill", never_run)
     with pytest.raises(NrlibError, match="uncommitted changes"):

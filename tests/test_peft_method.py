@@ -284,10 +284,34 @@ def test_a_family_whose_blocks_are_not_found_says_what_the_layers_hold():
     with pytest.raises(BackboneError, match="fc1") as caught:
         find_blocks(model, "ffn")
     assert "target_modules" in str(caught.value) and "OPTForCausalLM" in str(caught.value)
-    assert find_blocks(model, "attention").names == (
-        "model.decoder.layers.0.self_attn",
-        "model.decoder.layers.1.self_attn",
-    )
+    assert find_blocks(model, "attention") == ["model.decoder.layers.0.self_attn", "model.decoder.layers.1.self_attn"]
+
+
+def test_blocks_of_an_unknown_name_are_wrapped_when_named(tiny_model):
+    backbone = tiny_model()
+    before = logits(backbone)
+    for layer in backbone.model.layers:
+        layer.add_module("thinking", layer.mlp)
+        del layer.mlp
+        layer.__class__ = type("Layer", (type(layer),), {"mlp": property(lambda self: self.thinking)})
+    with pytest.raises(BackboneError, match="thinking"):
+        extended(backbone)
+    with pytest.raises(ConfigError, match=r"layers\.0\.thinking"):  # the candidates
+        extended(backbone, target_modules=["model.layers.0.mlp"])
+    names = [f"model.layers.{index}.thinking" for index in range(3)]
+    model = extended(backbone, target_modules=names)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(open_adapters(model)), before)
+
+
+def test_a_configuration_may_be_used_for_models_of_two_sizes(tiny_model):
+    config = NeutralResiduesConfig()
+    widths = [get_peft_model(tiny_model(n_layers=n), config).peft_config["default"].width for n in (3, 6, 3)]
+    expected = [get_peft_model(tiny_model(n_layers=n), NeutralResiduesConfig()).peft_config["default"].width for n in (3, 6, 3)]  # fmt: skip
+    assert widths == expected and widths[0] != widths[1]
+    fixed = NeutralResiduesConfig(width=5)
+    for n_layers in (3, 6):
+        assert get_peft_model(tiny_model(n_layers=n_layers), fixed).peft_config["default"].width == 5
 
 
 @pytest.mark.parametrize(

@@ -204,9 +204,11 @@ def test_a_published_record_comes_first(record, small_config, monkeypatch):
 
 def test_nothing_is_published_from_a_tree_with_changes(record, monkeypatch):
     monkeypatch.setenv("NRLIB_PUBLISH", "1")
-    with pytest.raises(RecordError, match="uncommitted changes"):
+    monkeypatch.setenv("NRLIB_CACHE", str(cache_directory() / "elsewhere"))
+    with pytest.raises(RecordError, match="the working tree changed while it ran"):
         save_record(replace(record, provenance=record.provenance | {"is_dirty": True}))
     assert not list(results_directory().glob("*"))
+    assert len(list((cache_directory() / "records").glob("*.json"))) == 1  # hours of training are not thrown away
 
 
 def test_a_tree_with_changes_is_refused_before_the_training(small_config, monkeypatch):
@@ -303,7 +305,7 @@ def fake_runs(record, monkeypatch):
         return stored[config.run_id]
 
     monkeypatch.setattr(sweeping, "run_or_load", fake)
-    monkeypatch.setattr(sweeping, "load_record", lambda config: stored.get(config.run_id))
+    monkeypatch.setattr(sweeping, "stored_record", lambda config: stored.get(config.run_id))
     monkeypatch.setattr(sweeping, "_prepare", lambda *_: None)
     return ran
 
@@ -486,3 +488,30 @@ def test_curves_and_gates_as_tables(record):
     assert len(curve) == 2 * len(measured) >= 8 and set(curve["run_id"]) == {record.run_id, "other"}
     gates = gate_table([record])
     assert len(gates) == len(record.results["gate_statistics"]) and set(gates["gate"]) == {"elu"}
+
+
+def test_learning_is_relative_to_fine_tuning_at_the_profiles_mix(record, small_config):
+    """Fine-tuning at three mix ratios with one seed each: a tie."""
+
+    def fine_tuned(mix_ratio, value):
+        config = small_config(method="fine_tuning", mix_ratio=mix_ratio)
+        texts = record.results["bits_per_byte"] | {"new": value, "new_validation": value}
+        results = record.results | {"bits_per_byte": texts}
+        return replace(record, run_id=config.run_id, config=config.to_dict(), results=results)
+
+    references = [fine_tuned(mix_ratio, value) for mix_ratio, value in ((0.0, 1.0), (0.1, 2.0), (0.5, 3.0))]
+    new, before = record.results["bits_per_byte"]["new"], record.results["backbone_bits_per_byte"]["new"]
+    assert results_table([record], references)["learning"][0] == pytest.approx(
+        (before - new) / (before - 2.0), abs=1e-4
+    )
+
+
+def test_a_record_of_files_that_changed_does_not_count(small_config, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [json.dumps({"text": f"{number} mele tavi sona. " * 20}) for number in range(300)]
+    path.write_text("\n".join(rows))
+    config = small_config(new_domain=f"file:{path}", n_tokens=2 * 4 * 32)
+    stored = run_or_load(config, progress=False)
+    assert runs.stored_record(config) == stored
+    path.write_text("\n".join(rows[1:]))
+    assert runs.stored_record(config) is None

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..config import RunConfig, make_config, parameters
+from ..config import RunConfig, flat_values, make_config, parameters
 from ..errors import ConfigError
-from ..notebook_parameters import Parameter, convert_value
+from ..notebook_parameters import Parameter, absolute_path, convert_value
 from ..runs import check_run
 from ..storage import atomic_directory, cache_directory, results_directory
 
@@ -52,9 +52,7 @@ def merge_changes(named: Mapping[str, Any], assignments: Mapping[str, str]) -> d
 
 def explain_parameters(profile: str) -> str:
     """Every parameter with its value in a profile, what it allows and what it means."""
-    config = make_config(profile).to_dict()
-    values = {name: value for part in config.values() if isinstance(part, dict) for name, value in part.items()}
-    values |= {name: value for name, value in config.items() if not isinstance(value, dict)}
+    values = flat_values(make_config(profile))
     lines = []
     for name, field in parameters().items():
         choices, minimum, maximum = (field.metadata.get(key) for key in ("choices", "minimum", "maximum"))
@@ -67,37 +65,28 @@ def explain_parameters(profile: str) -> str:
 
 def extend_and_report(profile: str, changes: Mapping[str, Any], folder: Path | None = None) -> str:
     """Check everything, then make or load the run, save the model if a folder is given, and say what came out."""
-    config = make_config(profile, **changes)
+    config = make_config(profile, **{name: absolute_path(name, value) for name, value in changes.items()})
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--save {folder}: it is there already and is not an empty folder. Give a new name.")
     check_run(config)
-    from ..records import published_records
+    from ..records import readable_records
     from ..runs import run_or_load
 
-    published = list(published_records())
-    if folder is None:
-        return _report(run_or_load(config), published)
-    record = _run_and_save(config, folder)
-    return f"{_report(record, published)}\n{_how_to_load(config, folder)}"
+    record = run_or_load(config) if folder is None else _run_and_save(config, folder)
+    report = _report(record, readable_records())
+    return report if folder is None else f"{report}\n{_how_to_load(config, folder)}"
 
 
 def _run_and_save(config: RunConfig, folder: Path) -> Record:
-    """Like `run_or_load`, but keep the model too.
-
-    `run` leaves its last checkpoint behind, so that only the steps since then (a minute at most) are taken again, with
-    the same result, to have the model at hand.
-    """
-    from ..backbone import delete_checkpoint, get_backbone
-    from ..records import load_record, save_record
-    from ..runs import extend, run
+    """Like `run_or_load`, but a stored record does not spare the training: the model is wanted."""
+    from ..backbone import delete_checkpoint
+    from ..records import save_record
+    from ..runs import run_and_keep, stored_record
     from ..texts import prepare_text
 
-    stored = load_record(config)
-    record = stored or run(config)
-    text = prepare_text(config.data, config.backbone)
-    model, _ = extend(config, text, get_backbone(config, text))
-    _save(model, config, text, folder)
-    if stored is None:
+    record, model = run_and_keep(config)
+    _save(model, config, prepare_text(config.data, config.backbone), folder)
+    if stored_record(config) is None:
         save_record(record)
     delete_checkpoint(config.run_id)
     return record
@@ -132,10 +121,10 @@ def _how_to_load(config: RunConfig, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _report(record: Record, published: list[Record]) -> str:
+def _report(record: Record, others: list[Record]) -> str:
     from ..tables import flat_records
 
-    row = flat_records([record], published)[0]
+    row = flat_records([record], others)[0]
     lines = [f"{'bits per byte (lower is better)':42s} before   after"]
     for name, meaning in _MEANING.items():
         if name in row["bits_per_byte"]:
@@ -147,6 +136,8 @@ def _report(record: Record, published: list[Record]) -> str:
     lines.append(forgetting)
     if row["learning"] is not None:
         lines.append(f"learning   {row['learning']:.1%} of fine-tuning's gain")
+    else:
+        lines.append("learning   needs a fine-tuning to compare with: run the same command with -p method=fine_tuning")
     lines.append(f"{row['extra_weights']:.1%} extra weights, {row['seconds']:.0f} s of training on {row['device']}")
     folders = (results_directory(), cache_directory() / "records")
     path = next((p for folder in folders if (p := folder / f"{record.run_id}.json").exists()), None)

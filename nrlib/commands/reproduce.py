@@ -42,13 +42,36 @@ def choose_records(profile: str = "", limit: int = 0) -> list[Record]:
 def reproduce_and_report(records: Sequence[Record], tolerance: float) -> tuple[str, bool]:
     """Train `records` again; returns the report and whether all differences are within `tolerance` bits per byte."""
     from ..machine import describe_device, pick_device
-    from ..sweep import reproduce
 
-    with fresh_cache():
-        table = reproduce(records)
+    table, failures = reproduce(records)
     then = sorted({record.provenance["device"] for record in records})
     header = f"{len(records)} runs, published on {'; '.join(then)}, trained again on {describe_device(pick_device())}."
-    return f"{header}\n{summarise(table, tolerance)}", bool((table["difference"].abs() <= tolerance).all())
+    report = "\n".join(filter(None, [header, summarise(table, tolerance) if len(table) else "", failures]))
+    return report, not failures and bool((table["difference"].abs() <= tolerance).all())
+
+
+def reproduce(records: Sequence[Record], n_workers: int | None = None) -> tuple[pd.DataFrame, str]:
+    """Train the runs of `records` again. Returns what is different (run_id, metric, published, reproduced, difference)
+    and what failed."""
+    import pandas as pd
+
+    from ..records import load_record
+    from ..sweep import SweepError, sweep
+
+    rows, failures = [], ""
+    with fresh_cache():
+        try:
+            sweep([record.run_config for record in records], notebook="reproduce", n_workers=n_workers)
+        except SweepError as error:
+            failures = str(error)
+        for old in records:
+            new = load_record(old.run_config)
+            if new is None:
+                continue
+            for metric, value in old.results["bits_per_byte"].items():
+                again = new.results["bits_per_byte"][metric]
+                rows.append((old.run_id, metric, value, again, again - value))
+    return pd.DataFrame(rows, columns=["run_id", "metric", "published", "reproduced", "difference"]), failures
 
 
 def summarise(table: pd.DataFrame, tolerance: float) -> str:
@@ -65,15 +88,19 @@ def summarise(table: pd.DataFrame, tolerance: float) -> str:
 
 @contextmanager
 def fresh_cache() -> Iterator[Path]:
-    """A temporary cache that shares the texts of the usual one, but nothing that was trained."""
-    usual, before = cache_directory().absolute(), os.environ.get("NRLIB_CACHE")
+    """A temporary cache that shares the texts of the usual one, but nothing that was trained, and no records."""
+    usual, before = (
+        cache_directory().absolute(),
+        {name: os.environ.get(name) for name in ("NRLIB_CACHE", "NRLIB_RESULTS")},
+    )
     usual.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=usual, prefix=".reproduce-") as name:
         for entry in usual.iterdir():
             if entry.is_dir() and entry.name not in _TRAINED and not entry.name.startswith("."):
                 Path(name, entry.name).symlink_to(entry)
-        os.environ["NRLIB_CACHE"] = name  # workers inherit it
+        os.environ.update({"NRLIB_CACHE": name, "NRLIB_RESULTS": str(Path(name, "published"))})  # workers inherit them
         try:
             yield Path(name)
         finally:
-            os.environ.pop("NRLIB_CACHE") if before is None else os.environ.update({"NRLIB_CACHE": before})
+            for variable, value in before.items():
+                os.environ.pop(variable) if value is None else os.environ.update({variable: value})
