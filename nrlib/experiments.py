@@ -51,13 +51,20 @@ def methods(profile: str, learning_rates: Sequence[float], seed: int, **changes:
 
 
 def repeats(
-    profile: str, best_learning_rates: Mapping[str, float], seeds: Sequence[int], length: float, **changes: Any
+    profile: str,
+    best_learning_rates: Mapping[str, float],
+    seeds: Sequence[int],
+    length: float,
+    local_loss_weights: Sequence[float],
+    **changes: Any,
 ) -> list[RunConfig]:
-    """Every method at its best learning rate, with every seed, trained `length` times as long as the profile says."""
+    """Every method at its best learning rate, with every seed, trained `length` times as long as the profile says;
+    neutral residues at every weight of their local loss."""
     n_tokens = round(length * make_config(profile).training.n_tokens)
     return [
-        arm(profile, method, learning_rate=rate, seed=seed, n_tokens=n_tokens, **changes)
+        arm(profile, method, learning_rate=rate, seed=seed, local_loss_weight=weight, n_tokens=n_tokens, **changes)
         for method, rate in best_learning_rates.items()
+        for weight in (local_loss_weights if method == "neutral_residues" else local_loss_weights[:1])
         for seed in seeds
     ]
 

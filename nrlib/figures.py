@@ -64,6 +64,9 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
                 chosen["learning"], chosen["forgetting"], color=color, marker=marker, s=75, edgecolor="white",
                 label=LABELS[method], zorder=3,
             )  # fmt: skip
+            weights = chosen.groupby("local_loss_weight")[["learning", "forgetting"]].mean()
+            for weight, mean in weights.iterrows() if len(weights) > 1 else ():
+                axes.annotate(f"{weight:g}", tuple(mean), (9, -4), textcoords="offset points", color=color, fontsize=9)
         axes.legend(frameon=False, title="at its best learning rate")
         axes.set_yscale("symlog", linthresh=0.01)  # linear through zero: forgetting may be negative
         axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])

@@ -120,7 +120,7 @@ def test_arms_of_the_methods():
         (m, r, 1) for m in METHODS for r in (1e-3, 2e-3, 4e-3)
     }
     best = {"lora": 1e-3, "neutral_residues": 2e-3}
-    repeated = experiments.repeats("laptop", best, [0, 1], length=2.0)
+    repeated = experiments.repeats("laptop", best, [0, 1], length=2.0, local_loss_weights=[3.0])
     assert sorted((c.method.method, c.training.learning_rate, c.seed) for c in repeated) == [
         ("lora", 1e-3, 0), ("lora", 1e-3, 1), ("neutral_residues", 2e-3, 0), ("neutral_residues", 2e-3, 1)
     ]  # fmt: skip
