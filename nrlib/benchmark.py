@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .backbone import build_backbone
 from .batches import Batch, MixedBatches, TokenStream

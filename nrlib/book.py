@@ -56,6 +56,7 @@ def execute_notebooks(
         declared = read_parameters(find_notebook(name))
         wanted = {key: value for key, value in {"profile": profile, **(changes or {})}.items() if key in declared}
         start = time.monotonic()
+        print(f"{name}: executing", flush=True)
         executed[name] = execute_notebook(name, wanted, output_directory=folder, progress=progress)
         print(f"{name}: executed in {time.monotonic() - start:.0f} s", flush=True)
     return executed
@@ -231,12 +232,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _execute_and_build(profile: str, output: Path) -> tuple[dict[str, int], Path]:
-    from .sweep import read_counts
+    from .records import read_counts
 
     counts_path = output.parent / "runs.jsonl"
     counts_path.unlink(missing_ok=True)
     os.environ["NRLIB_COUNTS"] = str(counts_path.absolute())  # the notebooks' kernels write there
     executed = execute_notebooks(profile, output.parent / "notebooks")
+    print("building the pages", flush=True)
     return read_counts(), build_book(executed, output)
 
 

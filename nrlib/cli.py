@@ -35,7 +35,8 @@ class Commands(TyperGroup):
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as error:
             typer.echo(
-                "\nInterrupted. Finished runs are kept; the same command resumes where this one stood.", err=True
+                "\nInterrupted. Finished runs are kept; the same command goes on from the last checkpoint, of which there is one a minute.",
+                err=True,
             )
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
@@ -178,7 +179,7 @@ def extend(
 @app.command()
 def records(
     format: Annotated[Format, typer.Option(help="json: one object a line.")] = Format.table,
-    notebook: Annotated[str, typer.Option(help="Only the runs this notebook asked for.")] = "",
+    notebook: Annotated[str, typer.Option(help="Only the runs this notebook asked for first.")] = "",
 ) -> None:
     """Print the published records.
 
@@ -189,7 +190,11 @@ def records(
     from .records import published_records
     from .tables import flat_records
 
-    rows = [row for row in flat_records(list(published_records())) if notebook in ("", row["notebook"])]
+    rows = flat_records(list(published_records()))
+    names = sorted({row["notebook"] for row in rows})
+    if rows and notebook not in ("", *names):
+        raise ConfigError(f"No published run was asked for by a notebook {notebook!r}. There are: {', '.join(names)}.")
+    rows = [row for row in rows if notebook in ("", row["notebook"])]
     if format is Format.json:
         for row in rows:
             typer.echo(json.dumps(row, ensure_ascii=False))

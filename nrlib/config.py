@@ -198,6 +198,9 @@ PROFILES: dict[str, dict[str, Any]] = {
 _PARTS = {"data": DataConfig, "backbone": BackboneConfig, "method": MethodConfig, "training": TrainingConfig}
 
 
+_SHAPE = {f.name for f in dataclasses.fields(BackboneConfig)} - {"backbone_name"}
+
+
 def parameters() -> dict[str, dataclasses.Field[Any]]:
     """Every parameter of a run by its flat name; names are unique over the parts."""
     flat = {f.name: f for part in _PARTS.values() for f in dataclasses.fields(part)}
@@ -230,6 +233,11 @@ def make_config(profile: str = "smoke", **changes: Any) -> RunConfig:
                 f"{name} = {changes[name]!r} has no meaning for method = {method!r}, which has {name} = {value!r}. "
                 f"Leave {name} out, or choose method = 'neutral_residues'."
             )
+    if changes.get("backbone_name") and (unused := _SHAPE & changes.keys()):
+        raise ConfigError(
+            f"{min(unused)} = {changes[min(unused)]!r} describes a backbone that is trained here, but backbone_name = "
+            f"{changes['backbone_name']!r} names one that is there already. Leave one of the two out."
+        )
     values = {**PROFILES[profile], **changes, **fixed}
     if values.get("local_loss") == "none":
         values["local_loss_weight"] = 0.0

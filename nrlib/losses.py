@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter import GATE_FUNCTIONS
+from .adapter import GATE_FUNCTIONS, GatedAdapter
+from .config import LOCAL_LOSSES
 from .errors import ConfigError
 from .peft_method import active_adapters, adapters_with_layers
 
@@ -42,7 +43,24 @@ class LocalLoss:
     """
 
     def __init__(self, model: nn.Module, kind: str, domain: Tensor) -> None:
+        if kind not in LOCAL_LOSSES:
+            raise ConfigError(f"The local loss {kind!r} is unknown. Choose one of: {', '.join(LOCAL_LOSSES)}.")
+        if not isinstance(domain, Tensor) or domain.is_floating_point() or domain.dim() not in (1, 2):
+            raise ConfigError(
+                "domain must be a tensor of whole numbers of shape (B,) or (B, T), for each sequence or token "
+                f"nrlib.ORIGINAL, nrlib.NEW or nrlib.IGNORED; given is {domain!r:.80}."
+            )
         self.adapters = [] if kind == "none" else active_adapters(model)
+        if kind == "domain_cross_entropy" and any(adapter.block_gate is None for adapter in self.adapters):
+            raise ConfigError(
+                "The local loss 'domain_cross_entropy' trains block gates, but an adapter has gate = 'none'. Choose gate = "
+                "'sigmoid', or the local loss 'l1' or 'none'."
+            )
+        if kind != "none" and not any(isinstance(module, GatedAdapter) for module in model.modules()):
+            raise ConfigError(
+                f"The local loss {kind!r} is a loss on adapters, and {type(model).__name__} has none. Extend it with "
+                "get_peft_model(model, NeutralResiduesConfig()) first, or choose the local loss 'none'."
+            )
         self.kind = kind
         self.domain = domain
         self._sums: dict[nn.Module, Tensor] = {}
@@ -53,12 +71,7 @@ class LocalLoss:
         for adapter in self.adapters:
             if self.kind == "l1":
                 self._handles.append(adapter.register_forward_hook(self._add_l1))
-            elif adapter.block_gate is None:
-                raise ConfigError(
-                    "The local loss 'domain_cross_entropy' trains block gates, but an adapter has gate = 'none'. Choose "
-                    "gate = 'sigmoid', or the local loss 'l1' or 'none'."
-                )
-            else:
+            elif adapter.block_gate is not None:
                 self._handles.append(adapter.block_gate.register_forward_hook(self._add_cross_entropy))
         return self
 
@@ -69,6 +82,8 @@ class LocalLoss:
 
     def sum_and_count(self) -> tuple[Tensor, Tensor]:
         """Sum over layers and tokens, and number of (layer, token) pairs: what to add up over data-parallel ranks."""
+        if self.adapters and not self._sums:
+            raise RuntimeError("The local loss has collected nothing: run the model inside the `with` block first.")
         if not self._sums:
             zero = torch.zeros((), device=self.domain.device)
             return zero, zero

@@ -30,6 +30,9 @@ __all__ = [
     "render_page",
 ]
 
+PUBLISHED = {"profile": "laptop"}  # the parameters of the published runs: everything else as in the notebook
+CONCLUSIONS = "## What we see"  # the heading of the cell that speaks of them
+
 
 def list_notebooks() -> list[str]:
     """Names of the notebooks in `notebooks/` of the checkout."""
@@ -102,8 +105,32 @@ def execute_notebook(
                 raise
             os.replace(temporary, failed)
             raise NrlibError(f"{message} The cells so far are in {failed}.") from error
+        _note_what_the_prose_is_about(temporary, {**_profile(declared), **changes})
     failed.unlink(missing_ok=True)
     return target
+
+
+def _profile(declared: Mapping[str, Parameter]) -> dict[str, Any]:
+    return {"profile": declared["profile"].default} if "profile" in declared else {}
+
+
+def _note_what_the_prose_is_about(executed: Path, changes: Mapping[str, Any]) -> None:
+    """Say above the conclusions that they were written about other runs, where the parameters are not the published ones."""
+    if changes in ({}, PUBLISHED):
+        return
+    import nbformat
+
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith(CONCLUSIONS):
+            values = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
+            note = (
+                f"```{{note}}\nThese sentences were written about the published runs. This copy was run with {values}: the "
+                "numbers in them are this copy's, a number that is missing belongs to a value that was not run, and what "
+                "they conclude may not hold.\n```"
+            )
+            cell.source = f"{CONCLUSIONS}\n\n{note}\n{cell.source.removeprefix(CONCLUSIONS)}"
+    nbformat.write(notebook, executed)
 
 
 def _run_papermill(path: Path, output: Path, changes: Mapping[str, Any], *, progress: bool, publish: bool) -> None:

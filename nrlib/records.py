@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,3 +168,27 @@ def published_records() -> Iterator[Record]:
     """All records under data/results/, by name."""
     for path in sorted(results_directory().glob("*.json")):
         yield read_record(path)
+
+
+def write_counts(**run_ids: Sequence[str]) -> None:
+    """Note which runs were loaded, trained or failed, for the summary at the end of a build."""
+    path = _counts_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(run_ids) + "\n")
+
+
+def read_counts() -> dict[str, int]:
+    """Different runs loaded, trained and failed since the counts were last deleted; one that was trained and then loaded
+    by the next notebook counts as trained."""
+    found: dict[str, set[str]] = {"loaded": set(), "trained": set(), "failed": set()}
+    if _counts_path().exists():
+        for line in _counts_path().read_text(encoding="utf-8").splitlines():
+            for outcome, run_ids in json.loads(line).items():
+                found[outcome] |= set(run_ids)
+    found["loaded"] -= found["trained"]
+    return {outcome: len(run_ids) for outcome, run_ids in found.items()}
+
+
+def _counts_path() -> Path:
+    return Path(os.environ.get("NRLIB_COUNTS") or project_directory() / "build" / "runs.jsonl")

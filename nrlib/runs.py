@@ -25,6 +25,7 @@ from .records import (
     is_publishing,
     load_record,
     save_record,
+    write_counts,
 )
 from .storage import fingerprint
 from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
@@ -85,6 +86,7 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
     """Train and measure, without storing the result."""
     record, _ = run_and_keep(config, notebook=notebook, progress=progress)
     delete_checkpoint(config.run_id)
+    write_counts(trained=[config.run_id])
     return record
 
 

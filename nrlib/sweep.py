@@ -3,7 +3,6 @@ sweep that was killed continues where it stood."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import threading
@@ -12,19 +11,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .backbone import get_backbone
 from .config import RunConfig
 from .errors import NrlibError
 from .machine import pick_device
-from .records import Record, check_clean_tree, is_publishing
+from .records import Record, check_clean_tree, is_publishing, write_counts
 from .runs import check_run, make_batches, run_or_load, stored_record
-from .storage import project_directory
 from .texts import prepare_text
 
 N_TRIES = 2  # a worker killed from outside (out of memory, say) takes its pool along; the rest gets a new pool
@@ -77,9 +73,9 @@ def sweep(
             bar.update()
             bar.set_postfix_str(f"{len(failures)} failed" if failures else run_id)
         bar.close()
-    counts = {"loaded": n_loaded, "trained": len(missing) - len(failures), "failed": len(failures)}
-    _write_counts({"notebook": notebook, **counts})
-    print(f"{n_loaded} runs loaded, {counts['trained']} trained" + (f", {len(failures)} failed" if failures else ""))
+    trained = {run_id for run_id in records if run_id in {config.run_id for config in missing}}
+    write_counts(loaded=sorted(records.keys() - trained), trained=sorted(trained), failed=sorted(failures))
+    print(f"{n_loaded} runs loaded, {len(trained)} trained" + (f", {len(failures)} failed" if failures else ""))
     if failures:
         lines = "\n".join(f"  {run_id}: {type(error).__name__}: {error}" for run_id, error in failures.items())
         raise SweepError(
@@ -183,24 +179,3 @@ def _worker_environment() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _counts_path() -> Path:
-    return Path(os.environ.get("NRLIB_COUNTS") or project_directory() / "build" / "runs.jsonl")
-
-
-def _write_counts(counts: dict[str, Any]) -> None:
-    path = _counts_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(counts) + "\n")
-
-
-def read_counts() -> dict[str, int]:
-    """Runs loaded, trained and failed since the counts were last deleted."""
-    totals = {"loaded": 0, "trained": 0, "failed": 0}
-    if _counts_path().exists():
-        for line in _counts_path().read_text(encoding="utf-8").splitlines():
-            counts = json.loads(line)
-            totals = {key: value + counts[key] for key, value in totals.items()}
-    return totals

@@ -95,6 +95,11 @@ def test_the_papers_preset_is_a_run():
     assert make_config("smoke", **PAPER_PRESET).method.local_loss_weight == 0.01
 
 
+def test_a_named_backbone_has_its_own_shape():
+    with pytest.raises(ConfigError, match="d_model = 64 describes a backbone that is trained here"):
+        make_config("smoke", backbone_name="gpt2", d_model=64)
+
+
 @pytest.mark.parametrize("change", [{"batch_size": 6, "accumulation_steps": 4}])
 def test_a_batch_must_split_evenly(change):
     with pytest.raises(ConfigError, match="divisor"):

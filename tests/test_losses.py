@@ -14,6 +14,7 @@ from nrlib import IGNORED, NEW, ORIGINAL, GatedAdapter, LocalLoss, NeutralResidu
 from nrlib.adapter import GATE_FUNCTIONS
 from nrlib.batches import Batch
 from nrlib.config import GATES, TrainingConfig
+from nrlib.errors import ConfigError
 from nrlib.losses import GateStatistics
 from nrlib.training import training_step
 
@@ -252,6 +253,30 @@ def test_disabled_adapters_have_no_local_loss(tiny_model):
     with model.disable_adapter(), LocalLoss(model, "l1", BATCH.domain) as local_loss:
         model(input_ids=BATCH.inputs)
         assert local_loss.mean().item() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "domain", "words"),
+    [
+        ("l2", torch.tensor([NEW, ORIGINAL, NEW, ORIGINAL]), "none, l1, domain_cross_entropy"),
+        ("l1", [0, 1], "tensor of whole numbers"),
+        ("l1", torch.zeros(4), "tensor of whole numbers"),
+    ],
+    ids=["kind", "list", "floats"],
+)
+def test_a_local_loss_that_cannot_be_is_refused(kind, domain, words, tiny_model):
+    with pytest.raises(ConfigError, match=words):
+        LocalLoss(extended(tiny_model), kind, domain)
+
+
+def test_a_local_loss_of_nothing_is_an_error(tiny_model):
+    with pytest.raises(ConfigError, match="get_peft_model"):
+        LocalLoss(tiny_model(), "l1", torch.tensor([NEW, ORIGINAL, NEW, ORIGINAL]))
+    with (
+        LocalLoss(extended(tiny_model), "l1", torch.tensor([NEW, ORIGINAL, NEW, ORIGINAL])) as local_loss,
+        pytest.raises(RuntimeError, match="inside"),
+    ):
+        local_loss.mean()
 
 
 # --- gate statistics --------------------------------------------------------------------------------------------------

@@ -294,3 +294,19 @@ def test_publishing_from_a_changed_tree_stops_before_anything_runs(notebook, mon
     monkeypatch.setattr(notebooks, "_run_papermill", never_run)
     with pytest.raises(NrlibError, match="uncommitted changes"):
         execute_notebook(notebook, publish=True, output_directory=notebook.parent / "build")
+
+
+def test_conclusions_say_when_they_were_written_about_other_runs(tmp_path):
+    study = write_notebook(tmp_path / "study.ipynb", 'profile = "smoke"  # type: str  profile', "print(profile)")
+    notebook = json.loads(study.read_text())
+    notebook["cells"].append(
+        {"cell_type": "markdown", "id": "see", "metadata": {}, "source": "## What we see\n\nMuch."}
+    )
+    study.write_text(json.dumps(notebook))
+
+    def conclusions(**changes):
+        executed = execute_notebook(study, changes, output_directory=tmp_path / "build", progress=False)
+        return "".join(json.loads(executed.read_text())["cells"][-1]["source"])
+
+    assert conclusions(profile="laptop") == "## What we see\n\nMuch."
+    assert "profile = 'smoke'" in conclusions() and conclusions().endswith("Much.")

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ..texts import PreparedText
 
 _MEANING = {
-    "unseen_original": "original domain, outside the proxy",
-    "proxy": "original domain, the proxy",
-    "new": "new domain",
+    "unseen_original": ("original domain, outside the proxy", "unseen_original"),
+    "proxy": ("original domain, the proxy", "proxy"),
+    "new": ("new domain", "new_domain"),
 }
 
 
@@ -125,11 +125,11 @@ def _report(record: Record, others: list[Record]) -> str:
     from ..tables import flat_records
 
     row = flat_records([record], others)[0]
-    lines = [f"{'bits per byte (lower is better)':42s} before   after"]
-    for name, meaning in _MEANING.items():
+    lines = [f"{'bits per byte (lower is better)':42s} before   after  held-out part of"]
+    for name, (meaning, role) in _MEANING.items():
         if name in row["bits_per_byte"]:
             before, after = row["backbone_bits_per_byte"][name], row["bits_per_byte"][name]
-            lines.append(f"{f'{name} ({meaning})':42s} {before:6.3f}  {after:6.3f}")
+            lines.append(f"{meaning:42s} {before:6.3f}  {after:6.3f}  {row[role]}")
     forgetting = f"forgetting {row['forgetting']:.2%} outside the proxy"
     if row["forgetting_proxy"] is not None:
         forgetting += f", {row['forgetting_proxy']:.2%} on the proxy"
