@@ -118,6 +118,16 @@ def test_a_little_old_text_is_enough_for_neutral_residues(records):
     assert (forgetting["neutral_residues"] < forgetting["vanilla_adapter"])[[0.01, 0.1, 0.5]].all()
 
 
+def test_elu_forgets_less_than_relu_for_the_same_learning(records):
+    table = select(records, experiments.gate_sparsity("laptop", WEIGHTS, [0, 1, 2]))
+    at_five = table[(table["local_loss"] == "l1") & (table["local_loss_weight"] == 5)].groupby("gate")
+    forgetting, learning = at_five["forgetting"].mean(), at_five["learning"].mean()
+    assert forgetting["elu"] < 0.8 * forgetting["relu"]
+    assert learning["elu"] == pytest.approx(learning["relu"], abs=0.005)
+    assert forgetting["none"] == pytest.approx(forgetting["relu"], abs=0.002)  # the gate matters less than the loss
+    assert learning["sigmoid"] > learning.drop("sigmoid").max()
+
+
 def test_a_gate_trained_as_a_classifier_forgets_more_the_heavier_its_loss(records):
     table = select(records, experiments.gate_sparsity("laptop", WEIGHTS[1:], [0]))
     classifier = table[table["local_loss"] == "domain_cross_entropy"].set_index("local_loss_weight").sort_index()
