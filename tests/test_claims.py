@@ -107,7 +107,9 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
     for site in ("ffn", "attention"):
         parallel = table[(table["position"] == "parallel") & (table["site"] == site)].set_index("layers")
         assert parallel["learning"].idxmax() == "all"
-        assert parallel["forgetting"].idxmax() == "first_half"
+        assert parallel["forgetting"].idxmax() == "0" and parallel["forgetting"].idxmin() == "last_half"
+    ffn = table[(table["position"] == "parallel") & (table["site"] == "ffn")].set_index("layers")
+    assert ffn["forgetting"]["last_half"] < 0.4 * ffn["forgetting"]["all"]  # the log's "a third"
 
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
