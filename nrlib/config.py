@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -24,6 +25,9 @@ POSITIONS = ("parallel", "serial")
 SITES = ("ffn", "attention")
 LAYER_CHOICES = ("all", "first_half", "last_half", "every_other")
 PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+CORPUS_ROLES = ("original", "proxy", "new_domain", "unseen_original")  # the parameters that hold a corpus spec
 
 
 def parameter(
@@ -258,6 +262,16 @@ def flat_values(config: RunConfig) -> dict[str, Any]:
     parts = config.to_dict()
     flat = {name: value for part in parts.values() if isinstance(part, dict) for name, value in part.items()}
     return flat | {name: value for name, value in parts.items() if not isinstance(value, dict)}
+
+
+def absolute_path(name: str, value: Any) -> Any:
+    """The value of a parameter, with a relative path in it (`file:` corpora, a local backbone) made absolute, so that it
+    means the same from any folder."""
+    if name in CORPUS_ROLES and value.startswith("file:") and value != "file:":
+        return f"file:{Path(value.removeprefix('file:')).expanduser().absolute()}"
+    if name == "backbone_name" and value and Path(value).is_dir():
+        return str(Path(value).absolute())
+    return value
 
 
 def config_from_dict(stored: Mapping[str, Any]) -> RunConfig:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import FIXED_BY_METHOD, make_config
+from .config import CORPUS_ROLES, FIXED_BY_METHOD, absolute_path, make_config
 from .config import parameters as run_parameters
 from .corpora import check_spec
 from .errors import ConfigError
@@ -32,7 +32,7 @@ LINE = "name = literal  # type: x  what it means"
 _ALIASES = {
     "backbone": "backbone_name"
 }  # what a run parameter is called in a notebook, where its own name says too little
-_CORPORA = ("original", "proxy", "new_domain", "unseen_original", "corpus")
+_CORPORA = (*CORPUS_ROLES, "corpus")
 _TRUTH = {"true": True, "false": False}
 
 
@@ -189,19 +189,9 @@ def _resolve(parameter: Parameter, value: Any) -> Any:
     if isinstance(value, list):
         return [_resolve(parameter, item) for item in value]
     singular = _singular(parameter.name)
-    value = absolute_path(singular, value)
+    value = absolute_path("original" if singular in _CORPORA else singular, value)
     if singular in _CORPORA and (value or not (singular == "proxy" or parameter.default == "")):
         check_spec(value)
-    return value
-
-
-def absolute_path(name: str, value: Any) -> Any:
-    """The value of a parameter, with a relative path in it (`file:` corpora, a local backbone) made absolute, so that it
-    means the same from any folder."""
-    if name in _CORPORA and value.startswith("file:") and value != "file:":
-        return f"file:{Path(value.removeprefix('file:')).expanduser().absolute()}"
-    if name == "backbone_name" and value and Path(value).is_dir():
-        return str(Path(value).absolute())
     return value
 
 

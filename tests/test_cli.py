@@ -127,7 +127,7 @@ def test_an_interruption_says_that_the_same_command_resumes(monkeypatch):
     monkeypatch.setattr(notebooks, "list_notebooks", interrupt)
     result = call("run", "--list")
     assert result.exit_code == 130
-    assert "resumes" in result.stderr and "Traceback" not in result.stderr
+    assert "the same command goes on" in result.stderr and "Traceback" not in result.stderr
 
 
 # --- run --------------------------------------------------------------------------------------------------------------

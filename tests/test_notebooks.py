@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -280,7 +281,9 @@ def test_a_dead_kernel_is_said_plainly_and_an_interruption_leaves_nothing(notebo
 
 
 def test_the_copy_is_named_after_what_differs_from_the_notebook(notebook, tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "_run_papermill", lambda path, output, changes, **_options: None)
+    monkeypatch.setattr(
+        notebooks, "_run_papermill", lambda path, output, changes, **_options: shutil.copy(path, output)
+    )
 
     def name(**changes):
         return execute_notebook(notebook, changes, output_directory=tmp_path / "build").name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nrlib import training
+from nrlib import GatedAdapter, training
 from nrlib.backbone import checkpoint_hooks, delete_checkpoint
 from nrlib.batches import MixedBatches, TokenStream
 from nrlib.config import METHODS, MethodConfig, TrainingConfig
@@ -33,7 +33,9 @@ def model_of(tiny_model, method="neutral_residues"):
 
 
 def run(model, hooks=None, text=None, config=CONFIG):
-    return train(model, text or batches(), config, local_loss="l1", local_loss_weight=1.0, hooks=hooks, progress=False)
+    local_loss = "l1" if any(isinstance(module, GatedAdapter) for module in model.modules()) else "none"
+    text = text or batches()
+    return train(model, text, config, local_loss=local_loss, local_loss_weight=1.0, hooks=hooks, progress=False)
 
 
 def size_of(model):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..config import RunConfig, flat_values, make_config, parameters
+from ..config import RunConfig, absolute_path, flat_values, make_config, parameters
 from ..errors import ConfigError
-from ..notebook_parameters import Parameter, absolute_path, convert_value
+from ..notebook_parameters import Parameter, convert_value
 from ..runs import check_run
 from ..storage import atomic_directory, cache_directory, results_directory
 
