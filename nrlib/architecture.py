@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from .config import LAYER_CHOICES
 from .errors import BackboneError, ConfigError
 
-# What the families call their blocks, inside one decoder layer.
+# What the families call their blocks, inside one decoder layer. Where fc1 comes up the feed-forward block is no module
+# of its own (OPT), and `JoinedFeedForward` makes it one.
 BLOCK_NAMES = {
-    "ffn": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    "ffn": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1"),
     "attention": ("self_attn", "self_attention", "attention", "attn"),
 }
 
@@ -59,6 +58,24 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not outer:
         raise BackboneError(f"{type(model).__name__} has no list of layers: is it a decoder-only language model?")
     return max(outer, key=lambda item: len(item[1]))
+
+
+class JoinedFeedForward(nn.Sequential):
+    """The fc1, activation_fn and fc2 of a decoder layer as one block, which takes the place of fc1.
+
+    The layer's own code runs unchanged: it calls fc1, which now does everything, and two identities.
+    """
+
+    @classmethod
+    def join(cls, layer: nn.Module) -> JoinedFeedForward:
+        """Move the three modules of `layer` into one."""
+        joined = cls(layer.fc1, layer.activation_fn, layer.fc2)
+        layer.fc1, layer.activation_fn, layer.fc2 = joined, nn.Identity(), nn.Identity()
+        return joined
+
+    def split(self, layer: nn.Module) -> None:
+        """Give `layer` its three modules back."""
+        layer.fc1, layer.activation_fn, layer.fc2 = self
 
 
 def model_width(model: nn.Module) -> int:
@@ -122,24 +139,3 @@ def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_ga
             f"{n_blocks} adapters pays for less than one unit of width. Give at least {smallest:.2g}, or fewer layers."
         )
     return width
-
-
-def lora_rank_for_budget(model: PreTrainedModel, extra_ratio: float) -> int:
-    """The largest LoRA rank on all linear layers but the output layer whose weights stay within the budget.
-
-    Raises
-    ------
-    ConfigError
-        When the budget does not pay for rank 1.
-    """
-    output_layer = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not output_layer]
-    per_rank = sum(sum(m.weight.shape) for m in linears)
-    n_backbone = count_weights(model)
-    rank = int(extra_ratio * n_backbone // per_rank)
-    if rank < 1:
-        raise ConfigError(
-            f"extra_ratio = {extra_ratio:g} is too small: rank 1 on {len(linears)} linear layers takes {per_rank:,} "
-            f"weights. Give at least {per_rank / n_backbone:.2g}."
-        )
-    return rank

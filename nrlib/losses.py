@@ -173,7 +173,6 @@ class GateStatistics:
 
 
 def _per_token(domain: Tensor, values: Tensor) -> Tensor:
-    """Domain (B, T) for values (B, T, ·), from a domain per sequence or per token."""
-    if domain.dim() == 1:
-        domain = domain[:, None]
-    return domain.expand(values.shape[:-1])
+    """The domain of every token, from one per sequence or per token, for values (B, T, ·) or flattened (B·T, ·)."""
+    n_tokens = values.shape[:-1].numel()
+    return domain.reshape(len(domain), -1).expand(-1, n_tokens // len(domain)).reshape(values.shape[:-1])

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from .architecture import lora_rank_for_budget
+from .architecture import count_weights
 from .config import MethodConfig
+from .errors import ConfigError
 from .machine import seeded
 from .peft_method import NeutralResiduesConfig
 
@@ -25,8 +27,34 @@ def fine_tuning(backbone: PreTrainedModel, config: MethodConfig) -> nn.Module:
 
 def lora(backbone: PreTrainedModel, config: MethodConfig) -> nn.Module:
     """LoRA (arXiv 2106.09685) on all linear layers but the output layer, by PEFT; the rank follows from the budget."""
-    rank = lora_rank_for_budget(backbone, config.extra_ratio)
-    return get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    return get_peft_model(backbone, _lora_config(lora_rank_for_budget(backbone, config.extra_ratio)))
+
+
+def lora_rank_for_budget(backbone: PreTrainedModel, extra_ratio: float) -> int:
+    """The largest LoRA rank on all linear layers but the output layer whose weights stay within the budget.
+
+    Counted on a copy without weights, since only PEFT knows what it takes for a linear layer (experts, for one).
+
+    Raises
+    ------
+    ConfigError
+        When the budget does not pay for rank 1.
+    """
+    n_backbone = count_weights(backbone)
+    with torch.device("meta"):
+        skeleton = type(backbone)(backbone.config)
+        per_rank = count_extra_weights(get_peft_model(skeleton, _lora_config(1)), n_backbone)
+    rank = int(extra_ratio * n_backbone // per_rank)
+    if rank < 1:
+        raise ConfigError(
+            f"extra_ratio = {extra_ratio:g} is too small: rank 1 on all linear layers takes {per_rank:,} weights. Give at "
+            f"least {per_rank / n_backbone:.2g}."
+        )
+    return rank
+
+
+def _lora_config(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
 
 
 def neutral_residues(backbone: PreTrainedModel, config: MethodConfig) -> nn.Module:

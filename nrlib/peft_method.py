@@ -17,7 +17,15 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from .adapter import GatedAdapter
-from .architecture import count_layers, find_blocks, layer_children, model_width, select_layers, width_for_budget
+from .architecture import (
+    JoinedFeedForward,
+    count_layers,
+    find_blocks,
+    layer_children,
+    model_width,
+    select_layers,
+    width_for_budget,
+)
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
 
@@ -202,6 +210,8 @@ class NeutralResiduesModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if target_name == "fc1" and not isinstance(target, NeutralResiduesLayer):
+            target = JoinedFeedForward.join(parent)
         layer = target if isinstance(target, NeutralResiduesLayer) else NeutralResiduesLayer(target)
         layer.update_layer(adapter_name, peft_config, model_width(self.model), count_layers(self.model))
         if adapter_name not in self.active_adapters:
@@ -211,6 +221,8 @@ class NeutralResiduesModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own version reads `.weight`, which a whole block lacks
+        if isinstance(new_module, JoinedFeedForward):  # the adapters are being removed
+            new_module.split(parent)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(_CANNOT_MERGE)

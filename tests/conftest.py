@@ -16,20 +16,36 @@ import pytest
 
 V, D, L = 64, 16, 3  # vocabulary, width and layers of the tiny models
 
-# One family for each way of calling the blocks: by position or by name, one output or a tuple, shared key heads, experts.
+HEADS = {"num_attention_heads": 2, "intermediate_size": 32}
+SHARED_HEADS = {**HEADS, "num_key_value_heads": 1}
+WIDE_HEADS = {**SHARED_HEADS, "head_dim": 8}
+
+# model type: name of the classes, options. Between them they call their blocks in every way there is: by position or by
+# name, one output or a tuple, shared key heads, experts, attention and feed-forward in parallel, norms after the blocks,
+# sliding windows, a feed-forward block that is no module.
 FAMILIES = {
-    "llama": ("Llama", {"num_attention_heads": 2, "intermediate_size": 32}),
+    "llama": ("Llama", HEADS),
+    "mistral": ("Mistral", {**WIDE_HEADS, "sliding_window": 8}),
+    "mixtral": ("Mixtral", {**SHARED_HEADS, "num_local_experts": 2}),
+    "gemma": ("Gemma", WIDE_HEADS),
+    "gemma2": ("Gemma2", WIDE_HEADS),
+    "gemma3": ("Gemma3", {**WIDE_HEADS, "sliding_window": 8}),
+    "qwen2": ("Qwen2", SHARED_HEADS),
+    "qwen3": ("Qwen3", WIDE_HEADS),
+    "phi3": ("Phi3", SHARED_HEADS),
+    "olmo2": ("Olmo2", SHARED_HEADS),
     "gpt2": ("GPT2", {"n_head": 2, "n_positions": 128}),
-    "gemma2": (
-        "Gemma2",
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32},
+    "gpt_neox": ("GPTNeoX", HEADS),
+    "opt": (
+        "OPT",
+        {"num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 128},
     ),
-    "gpt_neox": ("GPTNeoX", {"num_attention_heads": 2, "intermediate_size": 32}),
-    "mixtral": (
-        "Mixtral",
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "intermediate_size": 32},
-    ),
+    "falcon": ("Falcon", {"num_attention_heads": 2}),
+    "stablelm": ("StableLm", SHARED_HEADS),
+    "smollm3": ("SmolLM3", SHARED_HEADS),
 }
+_TEXT_ONLY = {"gemma3": "Gemma3TextConfig"}
+_OTHER_ENDING = {"gpt2": "GPT2LMHeadModel"}
 
 
 def build_tiny_model(family: str = "llama", n_layers: int = L, seed: int = 0, **changes):
@@ -38,8 +54,8 @@ def build_tiny_model(family: str = "llama", n_layers: int = L, seed: int = 0, **
     import transformers
 
     name, settings = FAMILIES[family]
-    config_class = getattr(transformers, f"{name}Config")
-    model_class = getattr(transformers, "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM")
+    config_class = getattr(transformers, _TEXT_ONLY.get(family, f"{name}Config"))
+    model_class = getattr(transformers, _OTHER_ENDING.get(family, f"{name}ForCausalLM"))
     sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": n_layers, "initializer_range": 0.3}
     tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     config = config_class(**sizes, **tokens, **settings, **changes)
