@@ -69,7 +69,7 @@ class JoinedFeedForward(nn.Sequential):
     @classmethod
     def join(cls, layer: nn.Module) -> JoinedFeedForward:
         """Move the three modules of `layer` into one."""
-        joined = cls(layer.fc1, layer.activation_fn, layer.fc2)
+        joined = cls(*(layer.get_submodule(name) for name in ("fc1", "activation_fn", "fc2")))
         layer.fc1, layer.activation_fn, layer.fc2 = joined, nn.Identity(), nn.Identity()
         return joined
 
