@@ -48,7 +48,10 @@ def pins(python: str) -> dict[str, str]:
 
 def direct_requirements() -> list[Requirement]:
     extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
-    return [Requirement(line) for line in [*PROJECT["dependencies"], *extras]]
+    requirements = [Requirement(line) for line in [*PROJECT["dependencies"], *extras]]
+    own = [requirement for requirement in requirements if requirement.name == PROJECT["name"]]
+    assert all(requirement.extras <= PROJECT["optional-dependencies"].keys() for requirement in own)
+    return [requirement for requirement in requirements if requirement not in own]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
