@@ -149,6 +149,13 @@ def _default_workers() -> int:
 
 
 @contextmanager
+def worker_pool(n_workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each that wait passively, by default one a core, and end with this one."""
+    with _worker_environment(), _pool(n_workers or _default_workers()) as pool:
+        yield pool
+
+
+@contextmanager
 def _pool(n_workers: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")  # fork would copy a process whose threads already run
     with ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:

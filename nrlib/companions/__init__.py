@@ -1,0 +1,2 @@
+"""Five systems in whose neighbourhood neutral residues stand, each in a module of its own, and what they say about
+extending a model. Nothing in the core imports them."""

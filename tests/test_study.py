@@ -1,0 +1,59 @@
+"""Studies: kept, found again, computed once, refused early."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nrlib.companions.study import run_study
+from nrlib.errors import ConfigError, RecordError
+from nrlib.sweep import SweepError
+
+
+def count(*, seed: int, n: int = 2, folder: str = "") -> dict[str, object]:
+    """A study that leaves a trace of every computation."""
+    if n < 0:
+        raise ValueError("n is negative")
+    with open(f"{folder}/{seed}", "a", encoding="utf-8") as handle:
+        handle.write("x")
+    return {"total": seed + n, "parts": [seed, n]}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NRLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NRLIB_COUNTS", str(tmp_path / "counts.jsonl"))
+    return tmp_path
+
+
+def test_a_study_is_computed_once_and_kept_in_order(folder):
+    settings = [{"seed": seed, "folder": str(folder)} for seed in (2, 1)]
+    first = run_study(count, settings, progress=False)
+    assert [(row["seed"], row["total"], row["parts"]) for row in first] == [(2, 4, [2, 2]), (1, 3, [1, 2])]
+    assert run_study(count, [*settings, {**settings[0], "n": 2}], progress=False)[:2] == first
+    assert (folder / "1").read_text() == (folder / "2").read_text() == "x"
+
+
+def test_a_failure_leaves_the_others_stored(folder):
+    settings = [{"seed": 1, "folder": str(folder)}, {"seed": 2, "n": -1, "folder": str(folder)}]
+    with pytest.raises(SweepError, match=r"1 of 2 computations failed.*\n.*n is negative"):
+        run_study(count, settings, progress=False)
+    assert run_study(count, settings[:1], progress=False)[0]["total"] == 3
+    assert (folder / "1").read_text() == "x"
+
+
+def test_what_the_study_does_not_take_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'm'.*seed"):
+        run_study(count, [{"seed": 0, "m": 1}], progress=False)
+    with pytest.raises(ConfigError, match="missing a required"):
+        run_study(count, [{}], progress=False)
+
+
+def test_a_damaged_file_is_named(folder):
+    run_study(count, [{"seed": 0, "folder": str(folder)}], progress=False)
+    (path,) = (folder / "cache" / "companions").glob("count-s0-*.json")
+    assert json.loads(path.read_text())["provenance"]["seconds"] >= 0
+    path.write_text("{}")
+    with pytest.raises(RecordError, match="is not the result of a study"):
+        run_study(count, [{"seed": 0, "folder": str(folder)}], progress=False)
