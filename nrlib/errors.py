@@ -25,3 +25,7 @@ class RecordError(NrlibError):
 
 class StorageError(NrlibError, OSError):
     """A result could not be written, for example because the disk is full."""
+
+
+class ClusterError(NrlibError):
+    """A scheduler or a worker cannot be used."""

@@ -40,9 +40,18 @@ def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True)
         if is_publishing():
             check_clean_tree()
         record, _ = run_and_keep(config, notebook=notebook, progress=progress)
-        save_record(record)
+        record = keep_record(record)
         delete_checkpoint(config.run_id)
     return record
+
+
+def keep_record(record: Record) -> Record:
+    """Store a record, unless there is one of the same run: then that stands and is returned, since a cluster may run a
+    task twice or store it on a disk that is not the collector's."""
+    stored = stored_record(record.run_config)
+    if stored is None:
+        save_record(record)
+    return stored or record
 
 
 def stored_record(config: RunConfig) -> Record | None:

@@ -7,26 +7,31 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from .backbone import get_backbone
+from .cluster import VARIABLE, open_executor
 from .config import RunConfig
-from .errors import NrlibError
+from .errors import ClusterError, NrlibError
 from .machine import pick_device
 from .records import Record, check_clean_tree, is_publishing, write_counts
-from .runs import check_run, make_batches, run_or_load, stored_record
+from .runs import check_run, keep_record, make_batches, run_or_load, stored_record
+from .tasks import backbone_task, expect, run_task
 from .texts import prepare_text
 
 N_TRIES = 2  # a worker killed from outside (out of memory, say) takes its pool along; the rest gets a new pool
 
 # Two busy OpenMP pools that wait actively starve each other five- to tenfold; workers get one thread and wait passively.
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+
+Task = tuple[RunConfig, dict[str, Any]]  # the arguments of a function that a worker calls
 
 
 class SweepError(NrlibError):
@@ -47,12 +52,16 @@ def sweep(
     ----------
     notebook : name of the experiment, written into new records.
     n_workers : processes, one thread each; default one a core. Ignored with an executor.
-    executor : any `concurrent.futures.Executor`, for example Dask's; default a process pool on this machine.
+    executor : any `concurrent.futures.Executor`, for example Dask's `client.get_executor(pure=False)`. Without one, and
+        without `n_workers`, the Dask cluster that the environment variable NRLIB_EXECUTOR names (see `nrlib.cluster`);
+        else a process pool on this machine.
 
     Raises
     ------
     SweepError
         When arms failed, after all others have finished and are stored.
+    ClusterError
+        When the cluster cannot be used, before anything is trained.
     """
     arms = {config.run_id: config for config in configs}
     records = {run_id: record for run_id, config in arms.items() if (record := stored_record(config)) is not None}
@@ -63,16 +72,19 @@ def sweep(
     if missing:
         if is_publishing():
             check_clean_tree()
-        _prepare(missing, progress)
-        bar = tqdm(total=len(arms), initial=n_loaded, desc=f"runs {notebook}".strip(), unit="run", disable=not progress)
-        for run_id, outcome in _outcomes(missing, notebook, n_workers, executor, progress):
-            if isinstance(outcome, Record):
-                records[run_id] = outcome
-            else:
-                failures[run_id] = outcome
-            bar.update()
-            bar.set_postfix_str(f"{len(failures)} failed" if failures else run_id)
-        bar.close()
+        with _executor(executor, n_workers) as executor:
+            _prepare(missing, executor, progress)
+            bar = tqdm(
+                total=len(arms), initial=n_loaded, desc=f"runs {notebook}".strip(), unit="run", disable=not progress
+            )
+            for run_id, outcome in _outcomes(missing, notebook, n_workers, executor, progress):
+                if isinstance(outcome, Record):
+                    records[run_id] = outcome
+                else:
+                    failures[run_id] = outcome
+                bar.update()
+                bar.set_postfix_str(f"{len(failures)} failed" if failures else run_id)
+            bar.close()
     trained = {run_id for run_id in records if run_id in {config.run_id for config in missing}}
     write_counts(loaded=sorted(records.keys() - trained), trained=sorted(trained), failed=sorted(failures))
     print(f"{n_loaded} runs loaded, {len(trained)} trained" + (f", {len(failures)} failed" if failures else ""))
@@ -85,52 +97,102 @@ def sweep(
     return [records[config.run_id] for config in configs]
 
 
-def _prepare(configs: Sequence[RunConfig], progress: bool) -> None:
-    """Text and backbones once, here, with all threads, instead of once in every worker."""
+@contextmanager
+def _executor(executor: Executor | None, n_workers: int | None) -> Iterator[Executor | None]:
+    """The executor that was given or that the environment names; None is a process pool of our own."""
+    address = os.environ.get(VARIABLE)
+    if executor is None and n_workers is None and address:
+        with open_executor(address) as executor:
+            yield executor
+    else:
+        yield executor
+
+
+def _prepare(configs: Sequence[RunConfig], executor: Executor | None, progress: bool) -> None:
+    """Text and backbones once, instead of once in every worker: the text here, where there is a network if anywhere, and
+    the backbones here with all threads, or with an executor where the runs will be."""
     for config in configs:
         make_batches(config, prepare_text(config.data, config.backbone, progress))
-    for config in {(c.data, c.backbone, c.training.context_length, c.training.precision): c for c in configs}.values():
-        get_backbone(config, prepare_text(config.data, config.backbone, progress), progress)
+    distinct = list({_what_makes_a_backbone(config): config for config in configs}.values())
+    if executor is None:
+        for config in distinct:
+            get_backbone(config, prepare_text(config.data, config.backbone, progress), progress)
+        return
+    tasks = {c.run_id: (c, {"expected": expect(c, progress)}) for c in distinct if not c.backbone.backbone_name}
+    bar = tqdm(total=len(tasks), desc="backbones", disable=not progress or not tasks)
+    for run_id, outcome in _submit(executor, backbone_task, tasks):
+        if isinstance(outcome, NrlibError):
+            raise outcome
+        if outcome is not None:
+            raise SweepError(f"The backbone of {run_id} could not be trained: {type(outcome).__name__}: {outcome}")
+        bar.update()
+    bar.close()
+
+
+def _what_makes_a_backbone(config: RunConfig) -> tuple[Any, ...]:
+    return config.data, config.backbone, config.training.context_length, config.training.precision
 
 
 def _outcomes(
     configs: Sequence[RunConfig], notebook: str, n_workers: int | None, executor: Executor | None, progress: bool
 ) -> Iterator[tuple[str, Record | Exception]]:
     if executor is not None:
-        yield from _submit(executor, configs, notebook)
+        expected = {key: expect(c, progress) for key, c in {_what_makes_a_backbone(c): c for c in configs}.items()}
+        tasks: dict[str, Task] = {
+            c.run_id: (c, {"notebook": notebook, "expected": expected[_what_makes_a_backbone(c)]}) for c in configs
+        }
+        for run_id, outcome in _submit(executor, run_task, tasks):
+            yield run_id, _keep(outcome)
         return
     n_workers = min(n_workers or _default_workers(), len(configs))
     if n_workers == 1:
         for config in configs:
             yield config.run_id, _run_here(config, notebook, progress)
         return
-    waiting = {config.run_id: config for config in configs}
+    waiting: dict[str, Task] = {c.run_id: (c, {"notebook": notebook, "progress": False}) for c in configs}
     for _ in range(N_TRIES):
         with _worker_environment(), _pool(n_workers) as pool:
-            for run_id, outcome in _submit(pool, list(waiting.values()), notebook):
+            for run_id, outcome in _submit(pool, run_or_load, dict(waiting)):
                 if not isinstance(outcome, BrokenProcessPool):
                     del waiting[run_id]
                     yield run_id, outcome
         if not waiting:
             return
-    for config in waiting.values():  # one of these kills its workers: a pool for each, so that it takes no other along
+    for run_id, task in waiting.items():  # one of these kills its workers: a pool each, so that it takes no other along
         with _worker_environment(), _pool(1) as pool:
-            yield from _submit(pool, [config], notebook)
+            yield from _submit(pool, run_or_load, {run_id: task})
 
 
-def _submit(
-    executor: Executor, configs: Sequence[RunConfig], notebook: str
-) -> Iterator[tuple[str, Record | Exception]]:
-    futures: dict[Future[Record], str] = {}
+def _submit(executor: Executor, function: Callable[..., Any], tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
+    """Results or exceptions of `function`, by name of the task, as they come."""
+    futures: dict[Future[Any], str] = {}
     try:
-        for config in configs:
-            futures[executor.submit(run_or_load, config, notebook=notebook, progress=False)] = config.run_id
+        for name, (config, arguments) in tasks.items():
+            futures[executor.submit(function, config, **arguments)] = name
     except BrokenProcessPool as error:
         submitted = set(futures.values())
-        yield from ((config.run_id, error) for config in configs if config.run_id not in submitted)
-    for future in as_completed(futures):
-        failure = future.exception()
-        yield futures[future], future.result() if failure is None else _as_exception(failure)
+        yield from ((name, error) for name in tasks if name not in submitted)
+    for future in as_completed(list(futures)):
+        name, outcome = futures.pop(future), _outcome(future)
+        del future  # as long as anyone holds it, Dask makes a result again whose worker was lost, collected or not
+        yield name, outcome
+
+
+def _outcome(future: Future[Any]) -> Any:
+    if future.cancelled():
+        return ClusterError(
+            "The run was cancelled: its executor, or the executor's scheduler, was closed before it ended."
+        )
+    failure = future.exception()
+    return future.result() if failure is None else _as_exception(failure)
+
+
+def _keep(outcome: Record | Exception) -> Record | Exception:
+    """Store what a worker sent, which may have stored it on a disk of its own."""
+    try:
+        return keep_record(outcome) if isinstance(outcome, Record) else outcome
+    except NrlibError as error:
+        return error
 
 
 def _run_here(config: RunConfig, notebook: str, progress: bool) -> Record | Exception:

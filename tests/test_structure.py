@@ -31,6 +31,7 @@ ORDER = [
     "backbone", "tables", "experiments", "figures",
     "benchmark.cases", "benchmark.memory", "benchmark.__init__",
     "runs",
+    "tasks", "cluster",
     "sweep",
     "notebook_parameters", "pages",
     "notebooks",

@@ -88,10 +88,11 @@ def summarise(table: pd.DataFrame, tolerance: float) -> str:
 
 @contextmanager
 def fresh_cache() -> Iterator[Path]:
-    """A temporary cache that shares the texts of the usual one, but nothing that was trained, and no records."""
+    """A temporary cache that shares the texts of the usual one, but nothing that was trained, and no records. Inside, no
+    cluster is used: its workers have folders of their own and would find there what is to be made again."""
     usual, before = (
         cache_directory().absolute(),
-        {name: os.environ.get(name) for name in ("NRLIB_CACHE", "NRLIB_RESULTS")},
+        {name: os.environ.get(name) for name in ("NRLIB_CACHE", "NRLIB_RESULTS", "NRLIB_EXECUTOR")},
     )
     usual.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=usual, prefix=".reproduce-") as name:
@@ -99,8 +100,9 @@ def fresh_cache() -> Iterator[Path]:
             if entry.is_dir() and entry.name not in _TRAINED and not entry.name.startswith("."):
                 Path(name, entry.name).symlink_to(entry)
         os.environ.update({"NRLIB_CACHE": name, "NRLIB_RESULTS": str(Path(name, "published"))})  # workers inherit them
+        os.environ.pop("NRLIB_EXECUTOR", None)
         try:
             yield Path(name)
         finally:
             for variable, value in before.items():
-                os.environ.pop(variable) if value is None else os.environ.update({variable: value})
+                os.environ.pop(variable, None) if value is None else os.environ.update({variable: value})
