@@ -90,7 +90,7 @@ def open_executor(text: str) -> Iterator[Executor]:
             client.wait_for_workers(1)
             cluster = client.scheduler_info(n_workers=-1)
         check_workers(cluster["workers"], target.resources)
-        _check_code_of_workers(client)
+        _check_code(client)
         yield client.get_executor(pure=False, retries=target.retries, resources=target.resources)
     finally:
         client.close()
@@ -98,7 +98,7 @@ def open_executor(text: str) -> Iterator[Executor]:
 
 def _connect(address: str) -> Any:
     try:
-        from distributed import Client
+        from dask.distributed import Client
     except ImportError as error:
         raise ClusterError(
             f"{VARIABLE} names a Dask scheduler, but Dask is not installed ({error}). Install it with: "
@@ -132,15 +132,21 @@ def check_workers(workers: Mapping[str, Mapping[str, Any]], resources: Mapping[s
             )
 
 
-def _check_code_of_workers(client: Any) -> None:
-    """Those that are there; the ones that join later are checked by their tasks."""
-    for address, found in client.run(describe_code, on_error="return").items():
-        if isinstance(found, BaseException):
+def _check_code(client: Any) -> None:
+    """Of the scheduler, which unpacks what it passes on, and of the workers; those that join later are checked by their
+    tasks."""
+    found = {f"The worker {address}": code for address, code in client.run(describe_code, on_error="return").items()}
+    try:
+        found["The scheduler"] = client.run_on_scheduler(describe_code)
+    except Exception as error:  # whatever unpickling a function of ours raises without us
+        found["The scheduler"] = error
+    for who, code in found.items():
+        if isinstance(code, BaseException):
             raise ClusterError(
-                f"The worker {address} cannot run nrlib's tasks ({type(found).__name__}: {found}). Start it in an "
-                "environment where this version of nrlib is installed."
+                f"{who} cannot run nrlib's tasks ({type(code).__name__}: {code}). Start it in an environment where this "
+                "version of nrlib is installed."
             )
-        check_code(found, describe_code(), f"The worker {address}")
+        check_code(code, describe_code(), who)
 
 
 def _read_scheduler_file(place: str, text: str) -> str:

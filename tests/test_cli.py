@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -370,8 +371,10 @@ def test_reproduce_uses_texts_of_the_cache_but_nothing_trained(tmp_path, monkeyp
     for name in ("tokens", "backbones", "checkpoints", "records"):
         (tmp_path / "cache" / name).mkdir(parents=True)
     (tmp_path / "cache" / "tokens" / "a.npy").touch()
+    monkeypatch.setenv("NRLIB_EXECUTOR", "tcp://127.0.0.1:9")
     with reproduce.fresh_cache() as cache:
+        assert "NRLIB_EXECUTOR" not in os.environ  # workers that are there already have another cache
         assert reproduce.cache_directory() == cache
         assert [path.name for path in cache.iterdir()] == ["tokens"] and (cache / "tokens" / "a.npy").exists()
     assert (tmp_path / "cache" / "tokens" / "a.npy").exists() and not cache.exists()
-    assert reproduce.cache_directory() == tmp_path / "cache"
+    assert reproduce.cache_directory() == tmp_path / "cache" and os.environ["NRLIB_EXECUTOR"] == "tcp://127.0.0.1:9"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import nrlib
-from nrlib import machine, records, runs
+from nrlib import machine, records, runs, tasks
 from nrlib import sweep as sweeping
 from nrlib.batches import MixedBatches
 from nrlib.config import MethodConfig, make_config
@@ -304,8 +304,11 @@ def fake_runs(record, monkeypatch):
         stored[config.run_id] = replace(record, run_id=config.run_id, notebook=notebook, config=config.to_dict())
         return stored[config.run_id]
 
-    monkeypatch.setattr(sweeping, "run_or_load", fake)
-    monkeypatch.setattr(sweeping, "stored_record", lambda config: stored.get(config.run_id))
+    for module in (sweeping, tasks):
+        monkeypatch.setattr(module, "run_or_load", fake)
+    for module in (sweeping, runs):
+        monkeypatch.setattr(module, "stored_record", lambda config: stored.get(config.run_id))
+    monkeypatch.setattr(tasks, "check_worker", lambda *_: None)
     monkeypatch.setattr(sweeping, "_prepare", lambda *_: None)
     return ran
 
