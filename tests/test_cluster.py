@@ -121,6 +121,7 @@ def dask_cluster(tmp_path_factory, small_config):
         for line in (scheduler_line.replace("$HOME", str(folder)), worker_line.replace("$HOME", str(folder)) + more):
             command = [sys.executable, "-m", *shlex.split(line)]
             processes.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
+        wait_for_workers(folder, 2)
         yield folder
     finally:
         tree = [p for process in processes for p in (*psutil.Process(process.pid).children(recursive=True), process)]
@@ -131,15 +132,20 @@ def dask_cluster(tmp_path_factory, small_config):
         log.close()
 
 
+def wait_for_workers(folder, n_workers):
+    for _ in range(600):
+        if (folder / "scheduler.json").exists():
+            with distributed.Client(scheduler_file=str(folder / "scheduler.json"), set_as_default=False) as client:
+                return client.wait_for_workers(n_workers, timeout=180)
+        time.sleep(0.1)
+    raise AssertionError((folder / "log").read_text()[-3000:])
+
+
 @pytest.fixture
 def on_cluster(dask_cluster, monkeypatch):
     monkeypatch.setenv("NRLIB_CACHE", str(dask_cluster / "cache"))
     monkeypatch.setenv("NRLIB_EXECUTOR", str(dask_cluster / "scheduler.json"))
-    for _ in range(600):
-        if (dask_cluster / "scheduler.json").exists():
-            return dask_cluster
-        time.sleep(0.1)
-    raise AssertionError((dask_cluster / "log").read_text()[-3000:])
+    return dask_cluster
 
 
 def events(folder, kind):
@@ -459,10 +465,11 @@ def test_with_the_certificate_and_only_with_it(certificates, small_config):
     settings = {"host": "tls://127.0.0.1", "dashboard_address": "127.0.0.1:0", "protocol": "tls://"}
     security = distributed.Security()  # from the configuration
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, security=security, **settings
+        n_workers=0, threads_per_worker=1, processes=False, security=security, **settings
     ) as local:
         address = local.scheduler_address
         assert address.startswith("tls://")
+        threading.Timer(0.5, local.scale, [1]).start()  # as from a queue: the executor waits for it
         with open_executor(address) as executor:
             assert executor.submit(os.getpid).result(timeout=30) == os.getpid()
         nobody = {"distributed.comm.tls.client.cert": None, "distributed.comm.tls.client.key": None}
