@@ -172,10 +172,9 @@ class Elsewhere(Executor):
     def submit(self, function, /, *args, **kwargs):
         future = Future()
         with pytest.MonkeyPatch.context() as patch:
-            if self.folder is not None:
-                patch.setenv("NRLIB_CACHE", str(self.folder / "cache"))
-                patch.setenv("NRLIB_RESULTS", str(self.folder / "results"))
-                runs._BACKBONE_METRICS.clear()
+            patch.setenv("NRLIB_CACHE", str(self.folder / "cache"))
+            patch.setenv("NRLIB_RESULTS", str(self.folder / "results"))
+            patch.setattr(runs, "_BACKBONE_METRICS", {})
             future.set_result(function(*args, **kwargs))
         return future
 
