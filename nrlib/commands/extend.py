@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from ..records import Record
     from ..texts import PreparedText
+
+CONFIG_FILE = "run.json"  # beside a saved model: the configuration it was made with
 
 _MEANING = {
     "unseen_original": ("original domain, outside the proxy", "unseen_original"),
@@ -93,18 +96,22 @@ def _run_and_save(config: RunConfig, folder: Path) -> Record:
 
 
 def _save(model: nn.Module, config: RunConfig, text: PreparedText, folder: Path) -> None:
-    """Adapter (or, after fine-tuning, model) and tokenizer; a backbone that was trained here lies beside them."""
+    """Adapter (or, after fine-tuning, model), tokenizer and configuration; a backbone that was trained here lies beside
+    them with its tokenizer."""
     from peft import PeftModel
 
     from ..backbone import get_backbone
 
     with atomic_directory(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if not config.backbone.backbone_name:
+            get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
+            text.tokenizer.save_pretrained(temporary / "backbone")
         if not isinstance(model, PeftModel):
             cast("PreTrainedModel", model).save_pretrained(temporary)
             return
         if not config.backbone.backbone_name:
-            get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
             model.peft_config["default"].base_model_name_or_path = str(folder.absolute() / "backbone")
         model.save_pretrained(str(temporary), save_embedding_layers=False)  # no method here trains them apart
 
