@@ -177,6 +177,57 @@ def extend(
 
 
 @app.command()
+def evaluate(
+    backbone: Annotated[
+        str, typer.Option(help="Local folder or hub name; without it, the one the extension was saved with.")
+    ] = "",
+    extension: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What `nrlib extend --save` wrote, or any PEFT adapter.")
+    ] = None,
+    original: Annotated[str, typer.Option(metavar="SPEC", help="Corpus of the original domain, for local tasks.")] = "",
+    new_domain: Annotated[str, typer.Option(metavar="SPEC", help="Corpus of the new domain, for local tasks.")] = "",
+    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks of lm-evaluation-harness, with commas.")] = "",
+    paper_tasks: Annotated[bool, typer.Option("--paper-tasks", help="The paper's tasks and translations.")] = False,
+    languages: Annotated[str, typer.Option(metavar="CODES", help="Of the paper's tasks; default en,fr.")] = "",
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="Only N items of each task; 0 is all.")] = 0,
+    context_length: Annotated[
+        int, typer.Option(min=0, metavar="T", help="Tokens the models see; 0: as trained, or all positions to 2048.")
+    ] = 0,
+    n_evaluation_bytes: Annotated[
+        int, typer.Option(min=1000, help="Test text of each corpus; the default is the laptop profile's.")
+    ] = PROFILES["laptop"]["n_evaluation_bytes"],
+    format: Annotated[Format, typer.Option(help="json: one object a line.")] = Format.table,
+) -> None:
+    """Measure a backbone and its extension on tasks of lm-evaluation-harness.
+
+    Tasks made from the test text of your corpora run offline; tasks given by name need the hub. Without --extension
+    the backbone is measured alone.
+
+    \b
+    Examples:  nrlib evaluate --extension build/extended --original debian-docs:en --new-domain debian-docs:fr
+               nrlib evaluate --backbone gpt2 --tasks arc_easy,hellaswag --limit 100
+               nrlib evaluate --backbone google/gemma-2b --extension build/gemma-fr --paper-tasks --languages en,fr
+    """
+    from .commands import evaluate as command
+
+    names = command.choose_tasks(tasks, paper_tasks, languages)
+    rows = command.evaluate(
+        backbone,
+        extension,
+        {"original": original, "new_domain": new_domain},
+        names,
+        n_evaluation_bytes=n_evaluation_bytes,
+        context_length=context_length,
+        limit=limit,
+    )
+    if format is Format.json:
+        for row in rows:
+            typer.echo(json.dumps(row.to_dict(), ensure_ascii=False))
+    else:
+        typer.echo(command.format_table(rows))
+
+
+@app.command()
 def records(
     format: Annotated[Format, typer.Option(help="json: one object a line.")] = Format.table,
     notebook: Annotated[str, typer.Option(help="Only the runs this notebook asked for first.")] = "",

@@ -15,7 +15,7 @@ from .config import BackboneConfig, DataConfig
 from .corpora import Corpus, load_corpus
 from .corpora.documents import Document
 from .errors import CorpusError
-from .splits import Split, split_corpus
+from .splits import Split, split_corpus, split_documents
 from .storage import atomic_path, cache_directory, fingerprint
 from .tokenization import encode_documents, load_tokenizer, train_tokenizer
 
@@ -125,6 +125,11 @@ def tokenise(
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
             np.save(handle, np.concatenate(parts))
     return TokenStream(np.load(path), sum(len(d.text.encode()) for d in documents), name)
+
+
+def held_out_documents(documents: Sequence[Document], n_bytes: int) -> list[Document]:
+    """Test documents of a corpus, about `n_bytes` of them: what `prepare_text` measures on for the same documents."""
+    return _first(split_documents(documents)["test"], n_bytes)
 
 
 def _specs(data: DataConfig) -> dict[str, str]:

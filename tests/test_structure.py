@@ -28,6 +28,7 @@ ORDER = [
     "splits",
     "batches", "tokenization",
     "texts", "training", "evaluation", "records",
+    "harness_tasks", "harness", "local_tasks",
     "backbone", "tables", "experiments", "figures",
     "benchmark.cases", "benchmark.memory", "benchmark.__init__",
     "runs",
@@ -36,7 +37,7 @@ ORDER = [
     "notebook_parameters", "pages",
     "notebooks",
     "book",
-    "commands.__init__", "commands.corpora", "commands.doctor", "commands.extend", "commands.reproduce",
+    "commands.__init__", "commands.corpora", "commands.doctor", "commands.extend", "commands.evaluate", "commands.reproduce",
     "cli",
     "__init__", "__main__",
 ]  # fmt: skip
