@@ -51,6 +51,11 @@ def count_layers(model: nn.Module) -> int:
     return len(_decoder_layers(model)[1])
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, first layer first."""
+    return list(_decoder_layers(model)[1])
+
+
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     # Inner lists (experts) are longer at times, but the decoder's own list is the outermost.

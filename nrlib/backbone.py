@@ -11,6 +11,7 @@ import torch
 
 from .batches import MixedBatches
 from .config import RunConfig, TrainingConfig
+from .distributed import first_process_first, is_first_process, shards_models
 from .errors import BackboneError, ConfigError
 from .losses import ORIGINAL
 from .machine import pick_device, seeded
@@ -40,7 +41,8 @@ def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -
         if not folder.exists():
             _pretrain(config, text, folder, progress)
         model = load_backbone(str(folder))
-    return model.to(pick_device()).eval()
+    # A model that one device may be too small for stays in main memory until it is sharded.
+    return (model if shards_models() else model.to(pick_device())).eval()
 
 
 def load_backbone(name: str) -> PreTrainedModel:
@@ -164,10 +166,12 @@ def _pretrain(config: RunConfig, text: PreparedText, folder: Path, progress: boo
     )
     checkpoint = checkpoint_hooks(f"backbone-{folder.name}")
     train(model, batches, settings, hooks=checkpoint, description="pretrain the backbone", progress=progress)
-    with atomic_directory(folder) as temporary:
-        model.save_pretrained(temporary)
-        text.tokenizer.save_pretrained(temporary)
-    delete_checkpoint(f"backbone-{folder.name}")
+    with first_process_first():
+        if is_first_process():
+            with atomic_directory(folder) as temporary:
+                model.save_pretrained(temporary)
+                text.tokenizer.save_pretrained(temporary)
+            delete_checkpoint(f"backbone-{folder.name}")
 
 
 def _checkpoint_path(name: str) -> Path:

@@ -3,8 +3,10 @@ the same data as one that was never interrupted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +45,10 @@ class Batch:
     inputs: Tensor
     targets: Tensor
     domain: Tensor
+
+    def pin_memory(self) -> Batch:
+        """A copy in memory that a GPU reads by itself, while the processor goes on."""
+        return Batch(*(t.contiguous().pin_memory() for t in (self.inputs, self.targets, self.domain)))
 
 
 class MixedBatches:
@@ -120,6 +126,22 @@ class MixedBatches:
             order = generator.permutation(stream.n_sequences(self.context_length))
             self._orders[domain] = (epoch, order)
         return order
+
+
+T = TypeVar("T")
+
+
+def load_ahead(load: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+    """load(step) for every step, each called in another thread while the one before it is in use."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load_ahead") as pool:
+        waiting = None
+        for step in steps:
+            loading = pool.submit(load, step)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = loading
+        if waiting is not None:
+            yield waiting.result()
 
 
 def evaluation_batches(

@@ -6,6 +6,7 @@ import enum
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .records import Record
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+SECONDS_FOR_THE_FIRST = 5
 
 
 class Commands(TyperGroup):
@@ -31,6 +33,8 @@ class Commands(TyperGroup):
         except (NrlibError, FloatingPointError) as error:
             if os.environ.get("NRLIB_TRACEBACK") == "1":
                 raise
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(SECONDS_FOR_THE_FIRST)  # most likely it reports the same, and torchrun ends this one
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as error:
@@ -51,6 +55,16 @@ class Format(str, enum.Enum):
 
     table = "table"
     json = "json"
+
+
+class Parallel(str, enum.Enum):
+    """How the processes that torchrun started share a run."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+_PARALLEL_HELP = "Under torchrun: ddp (default) copies the model to every process, fsdp shards it."
 
 
 def _print_version(is_asked: bool) -> None:
@@ -151,6 +165,7 @@ def extend(
     parameter: Assignments = [],  # noqa: B006  (typer copies it)
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
+    parallel: Annotated[Parallel | None, typer.Option(help=_PARALLEL_HELP, show_default=False)] = None,
     show_parameters: ShowParameters = False,
 ) -> None:
     """Extend a backbone to a new domain and measure what it learned and forgot.
@@ -161,8 +176,10 @@ def extend(
     Examples:  nrlib extend
                nrlib extend --profile smoke --method lora --save build/lora
                nrlib extend --backbone gpt2 --new-domain 'file:texts/*.txt' -p gate=elu
+               torchrun --nproc-per-node 2 -m nrlib.cli extend --parallel fsdp
     """
     from .commands import extend as command
+    from .distributed import is_first_process, processes
 
     if show_parameters:
         typer.echo(command.explain_parameters(profile))
@@ -173,7 +190,10 @@ def extend(
         "n_tokens": n_tokens, "seed": seed,
     }  # fmt: skip
     changes = command.merge_changes(named, split_assignments(parameter))
-    typer.echo(command.extend_and_report(profile, changes, save))
+    with processes(parallel.value if parallel else ""):
+        report = command.extend_and_report(profile, changes, save)
+        if is_first_process():
+            typer.echo(report)
 
 
 @app.command()

@@ -13,6 +13,14 @@ from .backbone import backbone_shape, checkpoint_hooks, delete_checkpoint, get_b
 from .batches import MixedBatches
 from .config import RunConfig
 from .corpora import check_spec, load_corpus
+from .distributed import (
+    check_division,
+    first_process_first,
+    is_first_process,
+    n_processes,
+    shard,
+    shards_models,
+)
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
 from .methods import apply_method, count_extra_weights
@@ -40,8 +48,9 @@ def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True)
         if is_publishing():
             check_clean_tree()
         record, _ = run_and_keep(config, notebook=notebook, progress=progress)
-        record = keep_record(record)
-        delete_checkpoint(config.run_id)
+        if is_first_process():
+            record = keep_record(record)
+            delete_checkpoint(config.run_id)
     return record
 
 
@@ -79,6 +88,7 @@ def check_run(config: RunConfig) -> None:
         if spec:
             check_spec(spec)
     _n_steps(config)
+    check_division(config.training.batch_size, config.training.accumulation_steps)
     shape = backbone_shape(config)
     n_positions = getattr(shape.config, "max_position_embeddings", None)
     if n_positions is not None and config.training.context_length > n_positions:
@@ -94,8 +104,9 @@ def check_run(config: RunConfig) -> None:
 def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
     """Train and measure, without storing the result."""
     record, _ = run_and_keep(config, notebook=notebook, progress=progress)
-    delete_checkpoint(config.run_id)
-    write_counts(trained=[config.run_id])
+    if is_first_process():
+        delete_checkpoint(config.run_id)
+        write_counts(trained=[config.run_id])
     return record
 
 
@@ -103,7 +114,8 @@ def run_and_keep(config: RunConfig, *, notebook: str = "", progress: bool = True
     """Train and measure; returns the trained model too. The caller deletes the checkpoint when the result is safe."""
     git_at_start = git_state()
     check_run(config)
-    text = prepare_text(config.data, config.backbone, progress)
+    with first_process_first():
+        text = prepare_text(config.data, config.backbone, progress and is_first_process())
     make_batches(config, text)  # text that is too short costs no backbone
     backbone = get_backbone(config, text, progress)
     n_backbone = count_weights(backbone)
@@ -125,6 +137,8 @@ def run_and_keep(config: RunConfig, *, notebook: str = "", progress: bool = True
         "gate_statistics": [row for row in statistics if row["text"] in TEST_SETS],
     }
     provenance = collect_provenance(config, text.corpora, device, state.seconds, git_at_start)
+    if n_processes() > 1:
+        provenance["n_processes"] = n_processes()
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance), model
 
 
@@ -155,7 +169,7 @@ def extend(
     c, method = config.training, config.method
     made_from = [RESULT_VERSION, text.corpora, *(git_state() if is_publishing() else ())]
     batches = make_batches(config, text)
-    model = apply_method(backbone, method, config.seed)
+    model = _spread(apply_method(backbone, method, config.seed))
 
     def measure() -> dict[str, float]:
         values, _ = evaluate(model, text.held_out, VALIDATION_SETS, c.context_length)
@@ -174,6 +188,11 @@ def extend(
     return model, state
 
 
+def _spread(model: Any) -> Any:
+    """The model, in a run that shards its models spread over the processes."""
+    return shard(model) if shards_models() else model
+
+
 def _n_steps(config: RunConfig) -> int:
     c = config.training
     tokens_per_step = c.batch_size * c.context_length
@@ -189,7 +208,7 @@ def backbone_metrics(config: RunConfig, text: PreparedText) -> dict[str, float]:
     """Bits per byte of the backbone on every held-out text; kept in memory, since all runs of a sweep share it."""
     key = (config.data, config.backbone, config.training.context_length, config.training.precision)
     if key not in _BACKBONE_METRICS:
-        backbone = get_backbone(config, text, progress=False)
+        backbone = _spread(get_backbone(config, text, progress=False))
         _BACKBONE_METRICS[key] = {
             name: bits_per_byte(backbone, stream, config.training.context_length)
             for name, stream in text.held_out.items()
@@ -208,7 +227,7 @@ def _measure_drift(config: RunConfig, text: PreparedText, model: nn.Module) -> d
 
 def _backbone_logits(config: RunConfig, text: PreparedText, model: Any) -> Callable[[Tensor], Tensor]:
     if not hasattr(model, "disable_adapter"):  # fine-tuning has changed the backbone itself
-        return logits_function(get_backbone(config, text, progress=False))
+        return logits_function(_spread(get_backbone(config, text, progress=False)))
 
     def logits(inputs: Tensor) -> Tensor:
         with model.disable_adapter():

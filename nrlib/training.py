@@ -5,21 +5,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from .batches import Batch, MixedBatches
+from .batches import Batch, MixedBatches, load_ahead
 from .config import TrainingConfig
+from .distributed import (
+    check_agreement,
+    check_division,
+    data_parallel,
+    is_first_process,
+    like,
+    n_processes,
+    process_index,
+    whole,
+    whole_state,
+    without_sync,
+)
+from .language_loss import find_head, mean_cross_entropy
 from .losses import IGNORED, ORIGINAL, LocalLoss
 from .machine import attention_in_float32, keep_large_blocks, pick_precision
+from .meter import Meter
 
 N_CURVE_POINTS = 20
+READ_EVERY = 16  # steps between readings of the losses on an accelerator: each makes the processor wait for it
 
 
 @dataclass
@@ -73,30 +88,55 @@ def training_step(
     local_loss: str,
     local_loss_weight: float,
     dtype: torch.dtype,
-) -> tuple[float, float]:
-    """Accumulate the gradient of one batch; returns (language-model loss in nats per token, local loss).
+    *,
+    forward: nn.Module | None = None,
+    head: nn.Linear | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradient of one batch; returns (language-model loss in nats per token, local loss), on the device.
 
-    Micro-batches are weighted by their number of tokens, so that accumulation does not change the result.
+    Micro-batches are weighted by their number of tokens, so that accumulation does not change the result. Of several
+    processes each takes its part of the batch and returns its share of the losses: they add up to the whole batch's.
+
+    Parameters
+    ----------
+    forward : what to call, where it is not `model` itself (see `nrlib.distributed.data_parallel`).
+    head : output layer to compute the language-model loss in (see `nrlib.language_loss`).
     """
-    device = next(model.parameters()).device
+    forward, device = forward or model, next(model.parameters()).device
     n_counted = (batch.domain == ORIGINAL if local_loss == "l1" else batch.domain != IGNORED).sum().item()
     n_counted *= batch.inputs.shape[1]
-    micro_size = len(batch.domain) // config.accumulation_steps
-    totals = [0.0, 0.0]
-    for start in range(0, len(batch.domain), micro_size):
+    n_sequences = len(batch.domain)
+    n_here = n_sequences // n_processes()
+    first, micro_size = process_index() * n_here, n_here // config.accumulation_steps
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(first, first + n_here, micro_size):
         part = slice(start, start + micro_size)
-        inputs, targets, domain = (t[part].to(device) for t in (batch.inputs, batch.targets, batch.domain))
-        with LocalLoss(model, local_loss, domain) as collected, attention_in_float32(device, dtype):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=inputs, use_cache=False).logits
-            language_loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-            language_loss = language_loss * (len(inputs) / len(batch.domain))
+        inputs, targets, domain = (
+            t[part].to(device, non_blocking=True) for t in (batch.inputs, batch.targets, batch.domain)
+        )
+        with (
+            LocalLoss(model, local_loss, domain) as collected,
+            attention_in_float32(device, dtype),
+            without_sync(forward, is_last=start + micro_size == first + n_here),
+        ):
+            language_loss = mean_cross_entropy(forward, inputs, targets, dtype, head)
+            language_loss = language_loss * (len(inputs) / n_sequences)
             local_sum, _ = collected.sum_and_count()
             local = local_sum / max(1, n_counted * len(collected.adapters))
-            (language_loss + local_loss_weight * local).backward()
-        totals[0] += language_loss.item()
-        totals[1] += local.item()
+            # The backward pass averages over processes where the gradients of their parts have to be added.
+            ((language_loss + local_loss_weight * local) * n_processes()).backward()
+        totals[0] += language_loss.detach()
+        totals[1] += local.detach()
     return totals[0], totals[1]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm, over all shards, is at most `max_norm`; returns the norm before."""
+    parameters = list(parameters)
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(norm)
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def train(
@@ -112,6 +152,9 @@ def train(
 ) -> TrainingState:
     """Train the parameters of `model` that require gradients, resuming from `hooks.load()` if it returns a checkpoint.
 
+    Inside `nrlib.distributed.processes()` all processes call this with the same arguments. A model that has been
+    sharded is trained so; any other is copied (DDP). The first process alone saves, all load and measure.
+
     Returns
     -------
     TrainingState with the learning curve: step, n_tokens, language_loss, local_loss and what `hooks.measure` returns.
@@ -120,7 +163,10 @@ def train(
     ------
     FloatingPointError
         When the loss is no longer a number.
+    ConfigError
+        When the batch cannot be shared evenly by the processes.
     """
+    check_division(batches.batch_size, config.accumulation_steps)
     keep_large_blocks()
     hooks = hooks or Hooks()
     device = next(model.parameters()).device
@@ -131,74 +177,85 @@ def train(
     n_steps, tokens_per_step = batches.n_steps, batches.batch_size * batches.context_length
     record_every = max(1, -(-n_steps // N_CURVE_POINTS))
     measure_every = max(1, n_steps // max(1, hooks.n_measurements))
+    meter = Meter(1 if device.type == "cpu" else READ_EVERY, n_steps, config.learning_rate)
+    forward, head = data_parallel(model), _head_to_compute_in(model, device)
     start, last_save = time.perf_counter() - state.seconds, time.perf_counter()
-    bar = tqdm(total=n_steps, initial=state.step, desc=description, disable=not progress, unit="step", leave=False)
+    is_shown = progress and is_first_process()
+    bar = tqdm(total=n_steps, initial=state.step, desc=description, disable=not is_shown, unit="step", leave=False)
     model.train()
-    for step in range(state.step, n_steps):
+    for step, batch in _numbered_batches(batches, state.step, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, n_steps, config)
-        losses = training_step(model, batches.batch(step), config, local_loss, local_loss_weight, dtype)
-        if not math.isfinite(sum(losses)):
-            raise FloatingPointError(
-                f"The loss became {losses[0]} at step {step} of {n_steps}: learning_rate = {config.learning_rate:g} is "
-                "probably too high for this method."
-            )
-        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_gradient_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient became {float(norm)} at step {step} of {n_steps}: learning_rate = "
-                f"{config.learning_rate:g} is probably too high for this method."
-            )
+        losses = training_step(
+            model, batch, config, local_loss, local_loss_weight, dtype, forward=forward, head=head
+        )  # fmt: skip
+        norm = clip_gradients(trainable.values(), config.max_gradient_norm)
+        is_last, is_measured = step + 1 == n_steps, (step + 1) % measure_every == 0
+        is_point = (step + 1) % record_every == 0 or is_last or is_measured
+        is_due = time.perf_counter() - last_save >= hooks.seconds_between_saves
+        reading = meter.add(step, losses, norm, is_due, read_now=is_point)  # raises before the weights are lost
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step, state.seconds = step + 1, time.perf_counter() - start
-        is_last, is_measured = step + 1 == n_steps, (step + 1) % measure_every == 0
-        if (step + 1) % record_every == 0 or is_last or is_measured:
-            point = _point(state.step, tokens_per_step, losses, float(norm))
+        if reading is not None and is_point:
+            point = {"step": state.step, "n_tokens": state.step * tokens_per_step, **reading.as_point()}
             if hooks.measure and (is_measured or is_last):
                 point |= hooks.measure()
             state.curve.append(point)
         bar.update()
-        bar.set_postfix_str(
-            f"{(step + 1) * tokens_per_step / state.seconds:,.0f} tokens/s, loss {losses[0]:.3f}, local {losses[1]:.4f}",
-            refresh=False,
-        )
-        if hooks.save and not is_last and time.perf_counter() - last_save >= hooks.seconds_between_saves:
-            hooks.save(_checkpoint(state, trainable, optimizer))
+        if reading is None:
+            continue
+        bar.set_postfix_str(f"{state.step * tokens_per_step / state.seconds:,.0f} tokens/s, {reading}", refresh=False)
+        if hooks.save and not is_last and reading.is_save_due:
+            checkpoint = _checkpoint(state, trainable, optimizer)
+            if is_first_process():
+                hooks.save(checkpoint)
             last_save = time.perf_counter()
     bar.close()
     model.eval()
     return state
 
 
-def _point(step: int, tokens_per_step: int, losses: tuple[float, float], norm: float) -> dict[str, float]:
-    return {
-        "step": step,
-        "n_tokens": step * tokens_per_step,
-        "language_loss": round(losses[0], 4),
-        "local_loss": round(losses[1], 6),
-        "gradient_norm": round(norm, 4),
-    }
+def _numbered_batches(batches: MixedBatches, first: int, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """The steps from `first` on with their batches, for a GPU made in another thread while it computes."""
+    steps = range(first, batches.n_steps)
+    if device.type == "cuda":
+        return zip(steps, load_ahead(lambda step: batches.batch(step).pin_memory(), steps), strict=True)
+    return ((step, batches.batch(step)) for step in steps)
+
+
+def _head_to_compute_in(model: nn.Module, device: torch.device) -> nn.Linear | None:
+    """The output layer on an accelerator. On a processor the logits are few, and are not worth computing twice."""
+    return None if device.type == "cpu" else find_head(model)
 
 
 def _checkpoint(
     state: TrainingState, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
+    """What `hooks.save` gets: whole tensors, so that any number of processes can go on from it."""
     return {
         "step": state.step,
         "seconds": state.seconds,
         "curve": state.curve,
-        "weights": {name: p.detach() for name, p in trainable.items()},
-        "optimizer": optimizer.state_dict(),
+        "weights": whole_state({name: p.detach() for name, p in trainable.items()}),
+        "optimizer": whole_state(optimizer.state_dict()),
     }
 
 
 @torch.no_grad()
 def _resume(hooks: Hooks, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainingState:
     checkpoint = hooks.load() if hooks.load else None
+    check_agreement(checkpoint["step"] if checkpoint else 0)
     if checkpoint is None:
         return TrainingState()
     for name, parameter in trainable.items():
-        parameter.copy_(checkpoint["weights"][name])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+        parameter.copy_(like(checkpoint["weights"][name], parameter))
+    saved = checkpoint["optimizer"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    moments = {
+        index: {name: like(value, p) for name, value in saved["state"][index].items()}
+        for index, p in zip(indices, parameters, strict=True)
+    }
+    optimizer.load_state_dict({**saved, "state": moments})
     return TrainingState(checkpoint["step"], checkpoint["seconds"], list(checkpoint["curve"]))

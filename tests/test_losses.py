@@ -153,7 +153,9 @@ def step(model, kind, **settings):
     config = TrainingConfig(batch_size=4, **settings)
     model.zero_grad()
     losses = training_step(model, BATCH, config, kind, 5.0, torch.float32)
-    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return tuple(loss.item() for loss in losses), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @KINDS

@@ -14,7 +14,7 @@ from ..runs import check_run
 from ..storage import atomic_directory, cache_directory, results_directory
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from ..records import Record
@@ -83,21 +83,27 @@ def extend_and_report(profile: str, changes: Mapping[str, Any], folder: Path | N
 def _run_and_save(config: RunConfig, folder: Path) -> Record:
     """Like `run_or_load`, but a stored record does not spare the training: the model is wanted."""
     from ..backbone import delete_checkpoint
+    from ..distributed import is_first_process, whole_weights
     from ..records import save_record
     from ..runs import run_and_keep, stored_record
     from ..texts import prepare_text
 
     record, model = run_and_keep(config)
-    _save(model, config, prepare_text(config.data, config.backbone), folder)
+    weights = whole_weights(model)
+    if not is_first_process():
+        return record
+    _save(model, weights, config, prepare_text(config.data, config.backbone), folder)
     if stored_record(config) is None:
         save_record(record)
     delete_checkpoint(config.run_id)
     return record
 
 
-def _save(model: nn.Module, config: RunConfig, text: PreparedText, folder: Path) -> None:
+def _save(
+    model: nn.Module, weights: dict[str, Tensor] | None, config: RunConfig, text: PreparedText, folder: Path
+) -> None:
     """Adapter (or, after fine-tuning, model), tokenizer and configuration; a backbone that was trained here lies beside
-    them with its tokenizer."""
+    them with its tokenizer. The trained weights are given if the model is sharded."""
     from peft import PeftModel
 
     from ..backbone import get_backbone
@@ -109,11 +115,12 @@ def _save(model: nn.Module, config: RunConfig, text: PreparedText, folder: Path)
             get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
             text.tokenizer.save_pretrained(temporary / "backbone")
         if not isinstance(model, PeftModel):
-            cast("PreTrainedModel", model).save_pretrained(temporary)
+            cast("PreTrainedModel", model).save_pretrained(temporary, state_dict=weights)
             return
         if not config.backbone.backbone_name:
             model.peft_config["default"].base_model_name_or_path = str(folder.absolute() / "backbone")
-        model.save_pretrained(str(temporary), save_embedding_layers=False)  # no method here trains them apart
+        # No method here trains embeddings apart.
+        model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=weights)
 
 
 def _how_to_load(config: RunConfig, folder: Path) -> str:
