@@ -145,7 +145,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """What to call for the forward pass, so that the backward pass averages gradients over the processes."""
     if n_processes() == 1 or is_sharded(model):
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def without_sync(model: nn.Module, is_last: bool) -> Any:
@@ -187,7 +187,7 @@ def like(value: Any, parameter: Tensor) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
     value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:

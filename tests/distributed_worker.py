@@ -43,13 +43,11 @@ class Case:
 CASES = {
     **{method: Case(method) for method in METHODS},
     "micro_batches": Case("neutral_residues", accumulation_steps=2),
-    "fine_tuning_in_micro_batches": Case("fine_tuning", accumulation_steps=2),
     "domain_classifier": Case("neutral_residues", gate="sigmoid", local_loss="domain_cross_entropy"),
-    "loss_in_head": Case("neutral_residues", is_loss_in_head=True),
-    "fine_tuning_with_loss_in_head": Case("fine_tuning", is_loss_in_head=True, family="mistral"),
+    "loss_in_head": Case("fine_tuning", accumulation_steps=2, is_loss_in_head=True, family="mistral"),
     "bfloat16": Case("neutral_residues", precision="bfloat16"),
 }
-RESUMED = METHODS
+RESUMED = ("fine_tuning", "neutral_residues")
 
 
 def run(case: Case, is_sharded: bool = False, checkpoint=None):

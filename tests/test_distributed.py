@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
 from distributed_worker import CASES, RESUMED, SAVED_AT, run
 
-WRAPPINGS = ("ddp", "fsdp")
+from nrlib import distributed, runs
+from nrlib.config import flat_values
+from nrlib.distributed import WRAPPINGS, process_index, processes
+from nrlib.errors import ConfigError, StorageError
+
 TESTS = Path(__file__).parent
 
 
@@ -125,3 +131,75 @@ def test_what_is_saved_from_shards_loads_on_one_device(name, results, tiny_model
         backbone = tiny_model(n_layers=2)(input_ids=torch.arange(20).reshape(2, 10)).logits
     torch.testing.assert_close(logits, torch.load(folder / name / "logits.pt"), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, backbone, atol=1e-2)
+
+
+# --- alone ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with processes():
+        assert (process_index(), distributed.n_processes(), distributed.is_first_process()) == (0, 1, True)
+        assert not distributed.shards_models()
+
+
+@pytest.mark.parametrize(("parallel", "remedy"), [("fsdp", "torchrun --nproc-per-node"), ("dpp", "ddp, fsdp")])
+def test_what_processes_refuses(parallel, remedy, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=remedy), processes(parallel):
+        pass
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(small_config, monkeypatch):
+    monkeypatch.setattr(distributed, "n_processes", lambda: 2)
+    runs.check_run(small_config(batch_size=8, accumulation_steps=4))
+    with pytest.raises(ConfigError, match=r"batch_size = 4 .*multiple of 8"):
+        runs.check_run(small_config(batch_size=4, accumulation_steps=4))
+
+
+def test_processes_with_caches_of_their_own_are_told(monkeypatch):
+    monkeypatch.setattr(distributed, "n_processes", lambda: 2)
+
+    def other_has_step_5(steps, own):
+        steps[0].copy_(own)
+        steps[1].fill_(5)
+
+    monkeypatch.setattr(distributed.dist, "all_gather", other_has_step_5)
+    distributed.check_agreement(5)
+    with pytest.raises(StorageError, match=r"\[0, 5\].*NRLIB_CACHE"):
+        distributed.check_agreement(0)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fine_tuning", "neutral_residues"])
+def test_extend_under_torchrun(method, small_config, tmp_path):
+    """The same record from one process, from two, and from two with shards; only the first process writes and prints."""
+    found = {}
+    for name, arguments in {"alone": [], "ddp": [], "fsdp": ["--parallel", "fsdp"]}.items():
+        folder = tmp_path / name
+        launcher = [sys.executable, "-m"]
+        if name != "alone":
+            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        values = flat_values(small_config(method=method))
+        given = {key: value for key, value in values.items() if key in SMALL}
+        command = [*launcher, "nrlib.cli", "extend", "--profile", "smoke", "--method", method, *arguments]
+        command += [part for key, value in given.items() for part in ("-p", f"{key}={value}")]
+        environment = {
+            **os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "NRLIB_CACHE": str(folder),
+        }  # fmt: skip
+        done = subprocess.run(
+            [*command, "--save", str(folder / "saved")], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("bits per byte (lower") == 1
+        (path,) = (folder / "records").glob("*.json")
+        found[name] = json.loads(path.read_text()) | {"files": sorted(p.name for p in (folder / "saved").iterdir())}
+        assert not list((folder / "checkpoints").glob("*"))
+    for name in WRAPPINGS:
+        assert found[name]["config"] == found["alone"]["config"] and found[name]["files"] == found["alone"]["files"]
+        assert found[name]["provenance"]["n_processes"] == 2
+        for key in ("bits_per_byte", "backbone_bits_per_byte"):
+            assert found[name]["results"][key] == pytest.approx(found["alone"]["results"][key], abs=1e-4)
