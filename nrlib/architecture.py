@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .config import LAYER_CHOICES
 from .errors import BackboneError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What the families call their blocks, inside one decoder layer. Where fc1 comes up the feed-forward block is no module
 # of its own (OPT), and `JoinedFeedForward` makes it one.
@@ -81,6 +85,24 @@ class JoinedFeedForward(nn.Sequential):
     def split(self, layer: nn.Module) -> None:
         """Give `layer` its three modules back."""
         layer.fc1, layer.activation_fn, layer.fc2 = self
+
+
+def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """All linear layers but the output layer, by full name.
+
+    Raises
+    ------
+    BackboneError
+        When there is none (GPT-2 has layers of its own kind).
+    """
+    output = model.get_output_embeddings()
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
+    if not found:
+        raise BackboneError(
+            f"{type(model).__name__} has no torch.nn.Linear layers, which this method changes. Choose another method, for "
+            "example neutral_residues."
+        )
+    return found
 
 
 def model_width(model: nn.Module) -> int:

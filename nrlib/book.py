@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
-from .config import PROFILES, flat_values, make_config, parameters
+from .config import flat_values, make_config, parameters
 from .errors import NrlibError
 from .pages import check_pages
+from .profiles import PROFILES
 from .storage import atomic_directory, project_directory
 
 PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "book")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from .config import PROFILES
 from .config import parameters as run_parameters
 from .errors import ConfigError, NrlibError
+from .profiles import PROFILES
 
 if TYPE_CHECKING:
     from .records import Record

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .profiles import ALL_METHODS, DEFAULTS_BY_METHOD, FIXED_BY_METHOD, PROFILES
 from .storage import fingerprint
 
-METHODS = ("fine_tuning", "lora", "vanilla_adapter", "neutral_residues")
 GATES = ("none", "sigmoid", "relu", "elu")
 LOCAL_LOSSES = ("none", "l1", "domain_cross_entropy")
 INITIALISATIONS = ("low_variance", "he")
@@ -37,10 +37,15 @@ def parameter(
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    is_later: bool = False,
 ) -> Any:
-    """A dataclass field with its description and the values it allows."""
+    """A dataclass field with its description and the values it allows.
+
+    A field that came later (`is_later`) is left out of the canonical form at its default, so that the runs made before
+    it keep their names.
+    """
     allowed = {"description": description, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return field(default=default, metadata=allowed)
+    return field(default=default, metadata={**allowed, "is_later": is_later})
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class BackboneConfig:
 class MethodConfig:
     """How the backbone learns the new domain."""
 
-    method: str = parameter("neutral_residues", "training method", choices=METHODS)
+    method: str = parameter("neutral_residues", "training method", choices=ALL_METHODS)
     extra_ratio: float = parameter(
         0.2, "extra weights as a share of all backbone weights; the adapter width or the rank follows from it",
         minimum=0.0, maximum=10.0,
@@ -95,6 +100,16 @@ class MethodConfig:
     )
     site: str = parameter("ffn", "block the adapter stands beside", choices=SITES)
     layers: str = parameter("all", "all, first_half, last_half, every_other, or indices such as '0,2,3'")
+    kl_weight: float = parameter(
+        0.0, "weight of the KL divergence from the backbone on original-domain tokens (distillation)",
+        minimum=0.0, is_later=True,
+    )  # fmt: skip
+    ewc_weight: float = parameter(
+        0.0, "weight of elastic weight consolidation's penalty on moving important weights", minimum=0.0, is_later=True
+    )
+    interpolation_ratio: float = parameter(
+        1.0, "weight interpolation: 0 is the backbone, 1 the fine-tuned model", minimum=0.0, maximum=1.0, is_later=True
+    )
 
 
 @dataclass(frozen=True)
@@ -140,64 +155,34 @@ class RunConfig:
                 f"batch_size = {self.training.batch_size} cannot be split into accumulation_steps = "
                 f"{self.training.accumulation_steps} equal parts. Choose a divisor of the batch size."
             )
+        if self.method.kl_weight > 0 and self.training.mix_ratio == 0:
+            raise ConfigError(
+                f"kl_weight = {self.method.kl_weight:g} acts on original-domain tokens, but mix_ratio = 0 brings none into "
+                "the training data. Give a mix_ratio above 0, or kl_weight = 0."
+            )
+        if self.method.ewc_weight > 0 and not self.data.proxy:
+            raise ConfigError(
+                f"ewc_weight = {self.method.ewc_weight:g} measures on the proxy which weights matter, but proxy is empty. "
+                "Name a proxy corpus (for example proxy = 'debian-docs:en/libreoffice+gnome')."
+            )
         check_layers(self.method.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The canonical form: what a record stores and what the run's name is made of."""
+        parts = dataclasses.asdict(self)
+        for part, cls in _PARTS.items():
+            for f in dataclasses.fields(cls):
+                if f.metadata["is_later"] and parts[part][f.name] == f.default:
+                    del parts[part][f.name]
+        return parts
 
     @property
     def run_id(self) -> str:
         """Readable part and 8 hexadecimal digits of the canonical configuration."""
-        short = {"fine_tuning": "ft", "lora": "lora", "vanilla_adapter": "va", "neutral_residues": "nr"}
-        return f"{self.profile}-{short[self.method.method]}-s{self.seed}-{fingerprint(self.to_dict(), 8)}"
+        name = self.method.method
+        short = name if name == "lora" else "".join(word[0] for word in name.split("_"))
+        return f"{self.profile}-{short}-s{self.seed}-{fingerprint(self.to_dict(), 8)}"
 
-
-# A method fixes some of MethodConfig's fields; what it does not use gets one canonical value, so that equal runs have
-# equal configurations.
-_WITHOUT_LOCAL_LOSS = {"local_loss": "none", "local_loss_weight": 0.0}
-_WITHOUT_ADAPTER = {
-    "gate": "none", **_WITHOUT_LOCAL_LOSS, "initialisation": "he", "position": "parallel", "site": "ffn", "layers": "all"
-}  # fmt: skip
-FIXED_BY_METHOD: dict[str, dict[str, Any]] = {
-    "fine_tuning": {**_WITHOUT_ADAPTER, "extra_ratio": 0.0},
-    "lora": _WITHOUT_ADAPTER,
-    "vanilla_adapter": {"gate": "none", **_WITHOUT_LOCAL_LOSS},
-    "neutral_residues": {},
-}
-
-# The paper's own setting, as far as it is known; see the book's chapter on the local loss for why it is not the default.
-PAPER_PRESET: dict[str, Any] = {
-    "method": "neutral_residues",
-    "gate": "relu",
-    "local_loss": "l1",
-    "local_loss_weight": 0.01,
-}
-
-PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "d_model": 32, "n_layers": 2, "n_heads": 2, "ffn_width": 88, "vocabulary_size": 512,
-        "pretraining_tokens": 60_000, "pretraining_learning_rate": 1e-2, "n_tokens": 102_400, "context_length": 64,
-        "n_evaluation_bytes": 10_000, "learning_rate": 1e-2,
-    },
-    "laptop": {
-        "original": "debian-docs:en", "proxy": "debian-docs:en/debian+gnome+handbook+installation+libreoffice", "new_domain": "debian-docs:fr",
-        "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 120_000, "n_tokens": 819_200,
-        "weight_decay": 0.1,
-    },
-    "gpu": {
-        "original": "debian-docs:en", "proxy": "debian-docs:en/debian+gnome+handbook+installation+libreoffice", "new_domain": "debian-docs:fr",
-        "unseen_original": "debian-docs:en/manpages", "n_evaluation_bytes": 400_000, "d_model": 512, "n_layers": 12,
-        "n_heads": 8, "ffn_width": 1408, "vocabulary_size": 8192, "context_length": 512, "batch_size": 64,
-        "pretraining_tokens": 200_000_000, "pretraining_learning_rate": 1e-3, "n_tokens": 20_000_000,
-        "learning_rate": 1e-3,
-    },
-    "paper": {
-        "original": "hub:HuggingFaceFW/fineweb-edu:sample-10BT", "proxy": "hub:wikimedia/wikipedia:20231101.en",
-        "new_domain": "hub:HuggingFaceFW/fineweb-2:fra_Latn", "unseen_original": "hub:HuggingFaceFW/fineweb-edu:sample-10BT",
-        "backbone_name": "google/gemma-2b", "context_length": 4096, "batch_size": 64, "n_tokens": 25_000_000_000,
-        "learning_rate": 1e-4, "n_evaluation_bytes": 4_000_000,
-    },
-}  # fmt: skip
 
 _PARTS = {"data": DataConfig, "backbone": BackboneConfig, "method": MethodConfig, "training": TrainingConfig}
 
@@ -233,16 +218,17 @@ def make_config(profile: str = "smoke", **changes: Any) -> RunConfig:
     fixed = FIXED_BY_METHOD.get(method, {})
     for name, value in fixed.items():
         if name in changes and changes[name] not in (value, None):
+            using = [other for other, fixed_there in FIXED_BY_METHOD.items() if name not in fixed_there]
             raise ConfigError(
                 f"{name} = {changes[name]!r} has no meaning for method = {method!r}, which has {name} = {value!r}. "
-                f"Leave {name} out, or choose method = 'neutral_residues'."
+                f"Leave {name} out, or choose a method that uses it: {', '.join(using)}."
             )
     if changes.get("backbone_name") and (unused := _SHAPE & changes.keys()):
         raise ConfigError(
             f"{min(unused)} = {changes[min(unused)]!r} describes a backbone that is trained here, but backbone_name = "
             f"{changes['backbone_name']!r} names one that is there already. Leave one of the two out."
         )
-    values = {**PROFILES[profile], **changes, **fixed}
+    values = {**PROFILES[profile], **DEFAULTS_BY_METHOD.get(method, {}), **changes, **fixed}
     if values.get("local_loss") == "none":
         values["local_loss_weight"] = 0.0
     return config_from_flat(profile, values)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import FIXED_BY_METHOD, METHODS, POSITIONS, SITES, RunConfig, make_config
+from .config import POSITIONS, SITES, RunConfig, make_config
+from .profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, STRENGTHS
 
 # Each method at its best learning rate: chosen on the validation text in the notebook `methods`; a test holds this table
 # against the published records.
@@ -107,3 +108,48 @@ def adapter_placement(profile: str, layers: Sequence[str], seeds: Sequence[int],
         for choice in layers
         for seed in (seeds if choice == layers[0] else seeds[:1])
     ]
+
+
+def rivals(
+    profile: str,
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    methods: Sequence[str] = ALL_METHODS,
+    **changes: Any,
+) -> list[RunConfig]:
+    """Each method at every rate and every strength of its dial."""
+    return [
+        arm(profile, method, learning_rate=rate, seed=seed, **strength, **changes)
+        for method in methods
+        for rate in learning_rates
+        for strength in _strengths(method)
+        for seed in seeds
+    ]
+
+
+def at_rates(
+    profile: str, learning_rates: Mapping[str, float], seeds: Sequence[int], **changes: Any
+) -> list[RunConfig]:
+    """Each method at its own rate and every strength of its dial."""
+    return [
+        run for method, rate in learning_rates.items() for run in rivals(profile, [rate], seeds, [method], **changes)
+    ]
+
+
+def without_replay(
+    profile: str, learning_rates: Mapping[str, float], seeds: Sequence[int], **changes: Any
+) -> list[RunConfig]:
+    """Each method at its best rate and the middle of its dial, with no original-domain text in the training data;
+    distillation has nothing to act on then."""
+    return [
+        arm(profile, method, learning_rate=rate, seed=seed, mix_ratio=0.0, **strength, **changes)
+        for method, rate in learning_rates.items()
+        if method != "distillation"
+        for strength in [_strengths(method)[len(_strengths(method)) // 2]]
+        for seed in seeds
+    ]
+
+
+def _strengths(method: str) -> list[dict[str, float]]:
+    name, values = STRENGTHS.get(method, ("", ()))
+    return [{name: value} for value in values] or [{}]

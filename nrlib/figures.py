@@ -16,15 +16,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from .tables import front
+
 LABELS = {
     "fine_tuning": "fine-tuning", "lora": "LoRA", "vanilla_adapter": "vanilla adapter",
-    "neutral_residues": "neutral residues", "unseen_original": "original domain, not in the proxy",
+    "neutral_residues": "neutral residues", "block_expansion": "block expansion",
+    "weight_interpolation": "weight interpolation", "orthogonal_finetuning": "orthogonal fine-tuning",
+    "gated_lora": "gated LoRA", "elastic_weight_consolidation": "elastic weight consolidation",
+    "distillation": "distillation", "unseen_original": "original domain, not in the proxy",
     "proxy": "original domain, proxy", "new": "new domain",
 }  # fmt: skip
 _PALETTE = sns.color_palette("colorblind")
 METHOD_STYLE = {
     "fine_tuning": (_PALETTE[3], "s"), "lora": (_PALETTE[1], "^"),
     "vanilla_adapter": (_PALETTE[2], "D"), "neutral_residues": (_PALETTE[0], "o"),
+    "block_expansion": (_PALETTE[4], "P"), "weight_interpolation": (_PALETTE[5], "v"),
+    "orthogonal_finetuning": (_PALETTE[6], "X"), "gated_lora": (_PALETTE[7], "<"),
+    "elastic_weight_consolidation": (_PALETTE[8], ">"), "distillation": (_PALETTE[9], "*"),
 }  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
@@ -68,15 +76,32 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
             for weight, mean in weights.iterrows() if len(weights) > 1 else ():
                 axes.annotate(f"{weight:g}", tuple(mean), (9, -4), textcoords="offset points", color=color, fontsize=9)
         axes.legend(frameon=False, title="at its best learning rate")
-        axes.set_yscale("symlog", linthresh=0.01)  # linear through zero: forgetting may be negative
-        axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
-        axes.minorticks_off()
-        axes.axhline(0, color="black", linewidth=0.8)
-        forgetting = pd.concat([table["forgetting"], best["forgetting"]])
-        axes.set_ylim(min(0.0, 1.3 * forgetting.min()), 1.5 * forgetting.max())
-        _percent(axes, x=True, y=True)
+        _forgetting_axis(axes, pd.concat([table["forgetting"], best["forgetting"]]))
         axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
-        axes.set_ylabel("forgetting on the original domain\n(down is better)")
+    return figure
+
+
+def fronts(table: pd.DataFrame) -> Figure:
+    """Learning against forgetting, every setting of every method a point (the mean over its seeds, which lie beside it
+    faintly), and each method's front as a staircase: what it can reach at any of its settings."""
+    settings = ["method", "learning_rate", "strength"]
+    means = table.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
+    with mpl.rc_context(_STYLE):
+        figure = _Picture(figsize=(8.8, 6.0), layout="constrained")
+        axes = figure.subplots()
+        for method, group in means.groupby("method", observed=True):
+            color, marker = METHOD_STYLE[str(method)]
+            runs = table[table["method"] == method]
+            axes.scatter(runs["learning"], runs["forgetting"], color=color, marker=marker, s=12, alpha=0.25, zorder=2)
+            edge = front(group)
+            axes.step(edge["learning"], edge["forgetting"], where="pre", color=color, linewidth=1, alpha=0.6, zorder=1)
+            axes.scatter(
+                group["learning"], group["forgetting"], color=color, marker=marker, s=60, edgecolor="white",
+                label=LABELS[str(method)], zorder=3,
+            )  # fmt: skip
+        _forgetting_axis(axes, table["forgetting"])
+        axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -195,6 +220,16 @@ def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_origin
         ax.set_xlabel("bits per byte (left is better)")
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
+
+
+def _forgetting_axis(axes: Axes, forgetting: pd.Series[float]) -> None:
+    axes.set_yscale("symlog", linthresh=0.01)  # linear through zero: forgetting may be negative
+    axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+    axes.minorticks_off()
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylim(min(0.0, 1.3 * forgetting.min()), 1.5 * forgetting.max())
+    axes.set_ylabel("forgetting on the original domain\n(down is better)")
+    _percent(axes, x=True, y=True)
 
 
 def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:

@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 N_LOGITS_AT_ONCE = 1 << 26  # a quarter of a gigabyte in float32
 
 
-def mean_cross_entropy(
+def cross_entropy_and_logits(
     model: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype, head: nn.Linear | None = None
-) -> Tensor:
-    """The mean cross-entropy, in nats per token, of targets (B, T) after inputs (B, T): a scalar.
+) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy, in nats per token, of targets (B, T) after inputs (B, T), a scalar; and the logits
+    (B, T, V), or the same scalar where they were never there as a whole.
 
     dtype : type of the matrix products. head : the output layer of `model`, from `find_head`, to compute the loss in.
     """
@@ -31,8 +32,8 @@ def mean_cross_entropy(
     with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32), in_head:
         logits: Tensor = model(input_ids=inputs, use_cache=False).logits
     if head is not None:
-        return logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), logits
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,7 @@ from .config import MethodConfig
 from .errors import ConfigError
 from .machine import seeded
 from .peft_method import NeutralResiduesConfig
+from .profiles import RIVALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +47,17 @@ def lora_rank_for_budget(backbone: PreTrainedModel, extra_ratio: float) -> int:
     with torch.device("meta"):
         skeleton = type(backbone)(backbone.config)
         per_rank = count_extra_weights(get_peft_model(skeleton, _lora_config(1)), n_backbone)
+    return rank_for_budget(extra_ratio, n_backbone, per_rank)
+
+
+def rank_for_budget(extra_ratio: float, n_backbone: int, per_rank: int) -> int:
+    """The largest rank whose weights, `per_rank` for each, stay within the budget.
+
+    Raises
+    ------
+    ConfigError
+        When the budget does not pay for rank 1.
+    """
     rank = int(extra_ratio * n_backbone // per_rank)
     if rank < 1:
         raise ConfigError(
@@ -82,6 +96,11 @@ BUILDERS: dict[str, Callable[[PreTrainedModel, MethodConfig], nn.Module]] = {
 }
 
 
+def rival(name: str) -> ModuleType | None:
+    """The module of a rival method, imported when it is asked for; None for the project's own four."""
+    return importlib.import_module(f"nrlib.rivals.{name}") if name in RIVALS else None
+
+
 def apply_method(backbone: PreTrainedModel, config: MethodConfig, seed: int) -> nn.Module:
     """Build the model to train. The backbone is taken over, not copied; new weights depend on `seed` alone.
 
@@ -92,7 +111,10 @@ def apply_method(backbone: PreTrainedModel, config: MethodConfig, seed: int) -> 
     """
     with seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's, not ours
-        return BUILDERS[config.method](backbone, config)
+        module = rival(config.method)
+        build = BUILDERS[config.method] if module is None else module.build
+        model: nn.Module = build(backbone, config)
+        return model
 
 
 def count_extra_weights(model: nn.Module, n_backbone_weights: int) -> int:

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import CORPUS_ROLES, FIXED_BY_METHOD, absolute_path, make_config
+from .config import CORPUS_ROLES, absolute_path, make_config
 from .config import parameters as run_parameters
 from .corpora import check_spec
 from .errors import ConfigError
+from .profiles import FIXED_BY_METHOD
 
 SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 TYPES = (*SCALARS, "list[int]", "list[float]", "list[str]")

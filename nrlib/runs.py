@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .architecture import count_weights
 from .backbone import backbone_shape, checkpoint_hooks, delete_checkpoint, get_backbone
-from .batches import MixedBatches
+from .batches import MixedBatches, evaluation_batches
 from .config import RunConfig
 from .corpora import check_spec, load_corpus
 from .distributed import (
@@ -23,7 +23,8 @@ from .distributed import (
 )
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
-from .methods import apply_method, count_extra_weights
+from .methods import apply_method, count_extra_weights, rival
+from .penalties import Penalty, kl_penalty, per_step
 from .records import (
     RESULT_VERSION,
     Record,
@@ -181,16 +182,30 @@ def extend(
         c,
         local_loss=method.local_loss,
         local_loss_weight=method.local_loss_weight,
+        penalty=_make_penalty(config, text, model),
         hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure),
         description=config.run_id,
         progress=progress,
     )
+    if finish := getattr(rival(method.method), "finish", None):
+        finish(model, get_backbone(config, text, progress=False), method)
     return model, state
 
 
 def _spread(model: Any) -> Any:
     """The model, in a run that shards its models spread over the processes."""
     return shard(model) if shards_models() else model
+
+
+def _make_penalty(config: RunConfig, text: PreparedText, model: nn.Module) -> Penalty | None:
+    if make_penalty := getattr(rival(config.method.method), "make_penalty", None):
+        assert text.proxy is not None  # RunConfig checks it
+        backbone = get_backbone(config, text, progress=False)
+        sequences = evaluation_batches(text.proxy, config.training.context_length, batch_size=1)
+        return per_step(make_penalty(model, backbone, config.method, sequences))
+    if config.method.kl_weight > 0:
+        return kl_penalty(_backbone_logits(config, text, model), config.method.kl_weight)
+    return None
 
 
 def _n_steps(config: RunConfig) -> int:

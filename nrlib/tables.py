@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .config import METHODS, RunConfig, make_config
+from .config import RunConfig, make_config
 from .evaluation import learning
+from .profiles import ALL_METHODS, STRENGTHS
 from .records import Record
 
 FLAT_CONFIG = ("data", "backbone", "method", "training")
@@ -30,10 +32,11 @@ def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -
             "notebook": record.notebook,
             "profile": record.config["profile"],
         }
+        config = record.run_config
         for part in FLAT_CONFIG:
-            row |= record.config[part]
-        row["seed"] = record.config["seed"]
-        fine_tuning = best.get(_setting(record.run_config))
+            row |= asdict(getattr(config, part))
+        row["seed"] = config.seed
+        fine_tuning = best.get(_setting(config))
         new, backbone_new = results["bits_per_byte"]["new"], results["backbone_bits_per_byte"]["new"]
         row |= {
             "forgetting": results["forgetting"]["unseen_original"],
@@ -58,7 +61,7 @@ def results_table(records: Sequence[Record], references: Iterable[Record] = ()) 
         row.pop("backbone_bits_per_byte")
         rows.append(row | {f"bits_per_byte_{name}": value for name, value in values.items()})
     table = pd.DataFrame(rows)
-    order = [name for name in METHODS if name in set(table["method"])]
+    order = [name for name in ALL_METHODS if name in set(table["method"])]
     table["method"] = pd.Categorical(table["method"], order, ordered=True)
     return table
 
@@ -107,6 +110,76 @@ def readable(summary: pd.DataFrame) -> Styler:
     shown = summary.drop(columns=dropped).assign(forgetting=percent("forgetting", 2), learning=percent("learning", 1))
     shown.columns = [column.replace("_", " ") for column in shown]
     return shown.style.format(precision=4).hide(axis="index")
+
+
+def with_strength(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column `strength`: the setting of each method's dial, NaN where a method has none."""
+    table = table.copy()
+    table["strength"] = float("nan")
+    for method, (name, _) in STRENGTHS.items():
+        table["strength"] = table["strength"].mask(table["method"] == method, table[name])
+    return table
+
+
+def front(points: pd.DataFrame) -> pd.DataFrame:
+    """The rows no other row beats on both learning (more) and forgetting (less), by learning."""
+    ordered = points.sort_values(["learning", "forgetting"], ascending=[False, True])
+    best_so_far = ordered["forgetting"].cummin().shift(fill_value=float("inf"))
+    return ordered[ordered["forgetting"] < best_so_far].iloc[::-1]
+
+
+def hypervolume(points: pd.DataFrame, worst_forgetting: float) -> float:
+    """Area of the learning–forgetting plane that the points dominate, in a rectangle that reaches from learning 0 and
+    forgetting `worst_forgetting` (area 0) to learning 1 and forgetting 0 (area 1).
+
+    What lies outside the rectangle counts as on its edge.
+    """
+    edge = front(points.assign(learning=points["learning"].clip(0, 1), forgetting=points["forgetting"].clip(0)))
+    edge = edge[edge["forgetting"] < worst_forgetting]
+    widths = edge["learning"].diff().fillna(edge["learning"])
+    return float((widths * (1 - edge["forgetting"] / worst_forgetting)).sum())
+
+
+# What a method needs besides the backbone and the new text.
+NEEDS = {
+    "fine_tuning": "proxy text",
+    "lora": "proxy text",
+    "vanilla_adapter": "proxy text",
+    "neutral_residues": "proxy text",
+    "block_expansion": "proxy text",
+    "weight_interpolation": "proxy text, backbone once",
+    "orthogonal_finetuning": "proxy text, singular values of the weights",
+    "gated_lora": "proxy text",
+    "elastic_weight_consolidation": "proxy text, backbone in memory, importance of every weight",
+    "distillation": "proxy text, backbone in memory",
+}
+
+
+def costs(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a method: area of the plane it dominates, settings tried, extra weights, training time over that of
+    fine-tuning, and what it needs. Time and area are of the first seed's runs, which every method has at every rate."""
+    first = table[table["seed"] == table["seed"].min()]
+    worst = first.loc[first["method"] == "fine_tuning", "forgetting"].max()
+    speed = first.groupby("method", observed=True)["tokens_per_second"].median()
+    rows = [
+        {
+            "method": method,
+            "area": hypervolume(runs, worst),
+            "settings": len(runs),
+            "extra_weights": runs["extra_weights"].median(),
+            "seconds": speed.get("fine_tuning", float("nan")) / speed[method],
+            "needs": NEEDS[str(method)],
+        }
+        for method, runs in first.groupby("method", observed=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def readable_costs(costs: pd.DataFrame) -> Styler:
+    """`costs` for a page."""
+    shown = costs.rename(columns=lambda column: column.replace("_", " "))
+    formats = {"area": "{:.2f}", "extra weights": "{:.1%}", "seconds": "{:.2f}"}
+    return shown.style.format(formats).hide(axis="index")
 
 
 def curves_table(records: Sequence[Record]) -> pd.DataFrame:

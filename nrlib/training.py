@@ -28,10 +28,11 @@ from .distributed import (
     whole_state,
     without_sync,
 )
-from .language_loss import find_head, mean_cross_entropy
+from .language_loss import cross_entropy_and_logits, find_head
 from .losses import IGNORED, ORIGINAL, LocalLoss
 from .machine import attention_in_float32, keep_large_blocks, pick_precision
 from .meter import Meter
+from .penalties import Penalty
 
 N_CURVE_POINTS = 20
 READ_EVERY = 16  # steps between readings of the losses on an accelerator: each makes the processor wait for it
@@ -89,6 +90,7 @@ def training_step(
     local_loss_weight: float,
     dtype: torch.dtype,
     *,
+    penalty: Penalty | None = None,
     forward: nn.Module | None = None,
     head: nn.Linear | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -99,12 +101,14 @@ def training_step(
 
     Parameters
     ----------
+    penalty : a further term of the loss; it needs the logits, so `head` must be None.
     forward : what to call, where it is not `model` itself (see `nrlib.distributed.data_parallel`).
     head : output layer to compute the language-model loss in (see `nrlib.language_loss`).
     """
     forward, device = forward or model, next(model.parameters()).device
     n_counted = (batch.domain == ORIGINAL if local_loss == "l1" else batch.domain != IGNORED).sum().item()
     n_counted *= batch.inputs.shape[1]
+    n_original = int((batch.domain == ORIGINAL).sum()) * batch.inputs.shape[1]
     n_sequences = len(batch.domain)
     n_here = n_sequences // n_processes()
     first, micro_size = process_index() * n_here, n_here // config.accumulation_steps
@@ -119,12 +123,16 @@ def training_step(
             attention_in_float32(device, dtype),
             without_sync(forward, is_last=start + micro_size == first + n_here),
         ):
-            language_loss = mean_cross_entropy(forward, inputs, targets, dtype, head)
-            language_loss = language_loss * (len(inputs) / n_sequences)
+            language_loss, logits = cross_entropy_and_logits(forward, inputs, targets, dtype, head)
+            share = len(inputs) / n_sequences
+            language_loss = language_loss * share
             local_sum, _ = collected.sum_and_count()
             local = local_sum / max(1, n_counted * len(collected.adapters))
+            loss = language_loss + local_loss_weight * local
+            if penalty is not None:
+                loss = loss + penalty(inputs, domain, logits, n_original, share)
             # The backward pass averages over processes where the gradients of their parts have to be added.
-            ((language_loss + local_loss_weight * local) * n_processes()).backward()
+            (loss * n_processes()).backward()
         totals[0] += language_loss.detach()
         totals[1] += local.detach()
     return totals[0], totals[1]
@@ -146,6 +154,7 @@ def train(
     *,
     local_loss: str = "none",
     local_loss_weight: float = 0.0,
+    penalty: Penalty | None = None,
     hooks: Hooks | None = None,
     description: str = "train",
     progress: bool = True,
@@ -178,7 +187,8 @@ def train(
     record_every = max(1, -(-n_steps // N_CURVE_POINTS))
     measure_every = max(1, n_steps // max(1, hooks.n_measurements))
     meter = Meter(1 if device.type == "cpu" else READ_EVERY, n_steps, config.learning_rate)
-    forward, head = data_parallel(model), _head_to_compute_in(model, device)
+    forward = data_parallel(model)
+    head = None if penalty is not None else _head_to_compute_in(model, device)
     start, last_save = time.perf_counter() - state.seconds, time.perf_counter()
     is_shown = progress and is_first_process()
     bar = tqdm(total=n_steps, initial=state.step, desc=description, disable=not is_shown, unit="step", leave=False)
@@ -187,7 +197,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, n_steps, config)
         losses = training_step(
-            model, batch, config, local_loss, local_loss_weight, dtype, forward=forward, head=head
+            model, batch, config, local_loss, local_loss_weight, dtype, penalty=penalty, forward=forward, head=head
         )  # fmt: skip
         norm = clip_gradients(trainable.values(), config.max_gradient_norm)
         is_last, is_measured = step + 1 == n_steps, (step + 1) % measure_every == 0

@@ -173,10 +173,12 @@ def test_small_book_is_built_and_replaced_only_by_a_good_one(small_book: Path, t
 
 @pytest.mark.slow
 def test_notebooks_execute_and_the_book_builds_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every notebook on the smallest profile with one seed, without a network, then the book from them."""
+    """Every notebook on the smallest profile with one seed and rate, without a network, then the book from them."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NRLIB_COUNTS", str(tmp_path / "runs.jsonl"))
     monkeypatch.setenv("NRLIB_CACHE", str(tmp_path / "cache"))
-    executed = book.execute_notebooks("smoke", tmp_path / "notebooks", {"seeds": [0]}, progress=False)
+    executed = book.execute_notebooks(
+        "smoke", tmp_path / "notebooks", {"seeds": [0], "learning_rates": [0.01]}, progress=False
+    )
     page = book.build_book(executed, tmp_path / "book")
     assert page.exists()

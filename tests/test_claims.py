@@ -3,7 +3,7 @@
 import pytest
 
 from nrlib import experiments, tables
-from nrlib.config import METHODS
+from nrlib.profiles import METHODS
 from nrlib.records import published_records
 from nrlib.storage import project_directory
 

@@ -9,11 +9,7 @@ import pytest
 
 from nrlib import experiments
 from nrlib.config import (
-    FIXED_BY_METHOD,
-    METHODS,
-    PAPER_PRESET,
     POSITIONS,
-    PROFILES,
     SITES,
     RunConfig,
     config_from_dict,
@@ -21,15 +17,14 @@ from nrlib.config import (
     parameters,
 )
 from nrlib.errors import ConfigError
+from nrlib.profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, PAPER_PRESET, PROFILES
 
 
-def other_value(field):
-    """A value the parameter allows that is not its default on the smoke profile."""
-    current = flat(make_config("smoke"))[field.name]
+def other_value(field, config):
+    """A value the parameter allows that is not the one it has."""
+    current = flat(config)[field.name]
     if field.metadata["choices"]:
-        return next(
-            choice for choice in field.metadata["choices"] if choice not in (current, "none", "lora", "fine_tuning")
-        )
+        return next(choice for choice in field.metadata["choices"] if choice not in (current, "none"))
     if isinstance(current, str):
         return {"layers": "0"}.get(field.name, "synthetic:cassian")
     return current / 2 if isinstance(current, float) and current else current + 1
@@ -43,7 +38,7 @@ def flat(config):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_every_profile_and_method_makes_a_run_that_survives_json(profile, method):
     config = make_config(profile, method=method)
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -54,9 +49,14 @@ def test_every_profile_and_method_makes_a_run_that_survives_json(profile, method
 @pytest.mark.parametrize("name", sorted(set(parameters()) - {"profile", "accumulation_steps"}))
 def test_every_parameter_is_part_of_the_name_and_is_described(name):
     field = parameters()[name]
-    changed = make_config("smoke", **{name: other_value(field)})
-    assert flat(changed)[name] == other_value(field)
-    assert changed.run_id != make_config("smoke").run_id
+    method = next(m for m in ("neutral_residues", *ALL_METHODS) if name not in FIXED_BY_METHOD[m])
+    if name == "method":
+        before, changed = make_config("smoke"), make_config("smoke", method="vanilla_adapter")
+    else:
+        before = make_config("smoke", method=method)
+        changed = make_config("smoke", method=method, **{name: other_value(field, before)})
+    assert flat(changed)[name] != flat(before)[name]
+    assert changed.run_id != before.run_id
     assert len(field.metadata["description"]) > 5
 
 

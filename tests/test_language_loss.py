@@ -9,7 +9,7 @@ from torch import nn
 
 from nrlib import language_loss
 from nrlib.config import MethodConfig
-from nrlib.language_loss import find_head, mean_cross_entropy
+from nrlib.language_loss import cross_entropy_and_logits, find_head
 from nrlib.methods import apply_method
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -19,7 +19,7 @@ CAPPED = {"gemma2"}
 
 def loss_and_gradients(model, dtype, head):
     model.zero_grad()
-    loss = mean_cross_entropy(model, INPUTS, TARGETS, dtype, head)
+    loss, _ = cross_entropy_and_logits(model, INPUTS, TARGETS, dtype, head)
     (0.3 * loss).backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

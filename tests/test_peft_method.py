@@ -14,10 +14,11 @@ from peft import PeftModel, get_peft_model
 from nrlib import NEW, ORIGINAL, GatedAdapter, NeutralResiduesConfig, NeutralResiduesLayer
 from nrlib.architecture import count_weights, find_blocks, select_layers
 from nrlib.batches import Batch
-from nrlib.config import GATES, INITIALISATIONS, LAYER_CHOICES, METHODS, POSITIONS, SITES, MethodConfig, TrainingConfig
+from nrlib.config import GATES, INITIALISATIONS, LAYER_CHOICES, POSITIONS, SITES, MethodConfig, TrainingConfig
 from nrlib.errors import BackboneError, ConfigError
 from nrlib.losses import LocalLoss
 from nrlib.methods import apply_method, count_extra_weights
+from nrlib.profiles import METHODS
 from nrlib.training import make_optimizer, training_step
 
 PLACEMENTS = list(itertools.product(FAMILIES, POSITIONS, SITES))

@@ -13,8 +13,9 @@ import torch
 from nrlib import GatedAdapter, training
 from nrlib.backbone import checkpoint_hooks, delete_checkpoint
 from nrlib.batches import MixedBatches, TokenStream
-from nrlib.config import METHODS, MethodConfig, TrainingConfig
+from nrlib.config import MethodConfig, TrainingConfig
 from nrlib.methods import apply_method
+from nrlib.profiles import METHODS
 from nrlib.storage import cache_directory
 from nrlib.training import Hooks, learning_rate_at, make_optimizer, train
 

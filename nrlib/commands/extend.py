@@ -71,6 +71,11 @@ def extend_and_report(profile: str, changes: Mapping[str, Any], folder: Path | N
     config = make_config(profile, **{name: absolute_path(name, value) for name, value in changes.items()})
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--save {folder}: it is there already and is not an empty folder. Give a new name.")
+    if folder is not None and config.method.method == "gated_lora":
+        raise ConfigError(
+            "--save: gated_lora stands here for comparison and has no file format of its own. Leave --save out, or choose "
+            "another method, for example neutral_residues or lora."
+        )
     check_run(config)
     from ..records import readable_records
     from ..runs import run_or_load
@@ -125,7 +130,7 @@ def _save(
 
 def _how_to_load(config: RunConfig, folder: Path) -> str:
     lines = [f"saved in {folder}; in Python:", "    import nrlib", "    from transformers import AutoModelForCausalLM"]
-    if config.method.method == "fine_tuning":
+    if not (folder / "adapter_config.json").exists():
         return "\n".join([*lines[:1], lines[2], f"    model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"])
     backbone = config.backbone.backbone_name or str(folder / "backbone")
     lines += [

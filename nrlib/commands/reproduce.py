@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import PROFILES
 from ..errors import ConfigError
+from ..profiles import PROFILES
 from ..storage import cache_directory, results_directory
 
 if TYPE_CHECKING:
