@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from .config import parameters as run_parameters
 from .errors import ConfigError, NrlibError
-from .profiles import PROFILES
+from .profiles import PRESETS, PROFILES
 
 if TYPE_CHECKING:
     from .records import Record
@@ -163,6 +163,7 @@ def extend(
     n_tokens: Annotated[int | None, _help("n_tokens")] = None,
     seed: Annotated[int | None, _help("seed")] = None,
     parameter: Assignments = [],  # noqa: B006  (typer copies it)
+    preset: Annotated[str, typer.Option(help=f"Settings of neutral residues by name: {', '.join(PRESETS)}.")] = "",
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
     parallel: Annotated[Parallel | None, typer.Option(help=_PARALLEL_HELP, show_default=False)] = None,
@@ -189,7 +190,7 @@ def extend(
         "new_domain": new_domain, "method": method, "mix_ratio": mix_ratio, "learning_rate": learning_rate,
         "n_tokens": n_tokens, "seed": seed,
     }  # fmt: skip
-    changes = command.merge_changes(named, split_assignments(parameter))
+    changes = command.preset_values(preset) | command.merge_changes(named, split_assignments(parameter))
     with processes(parallel.value if parallel else ""):
         report = command.extend_and_report(profile, changes, save)
         if is_first_process():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import POSITIONS, SITES, RunConfig, make_config
-from .profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, STRENGTHS
+from .profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, PRESETS, STRENGTHS
 
 # Each method at its best learning rate: chosen on the validation text in the notebook `methods`; a test holds this table
 # against the published records.
@@ -153,3 +153,27 @@ def without_replay(
 def _strengths(method: str) -> list[dict[str, float]]:
     name, values = STRENGTHS.get(method, ("", ()))
     return [{name: value} for value in values] or [{}]
+
+
+def recipes(
+    profile: str, kl_weights: Sequence[float], local_loss_weights: Sequence[float], seeds: Sequence[int]
+) -> list[RunConfig]:
+    """Neutral residues at every pair of weights of the KL divergence and of the local loss."""
+    return [
+        arm(
+            profile, "neutral_residues", kl_weight=kl_weight, seed=seed,
+            local_loss="l1" if weight > 0 else "none", local_loss_weight=weight,
+        )
+        for weight in local_loss_weights
+        for kl_weight in kl_weights
+        for seed in seeds
+    ]  # fmt: skip
+
+
+def recommended(profile: str, seeds: Sequence[int], length: float) -> list[RunConfig]:
+    """The recommended recipe and the four methods as they are, trained `length` times as long as the profile says."""
+    n_tokens = round(length * make_config(profile).training.n_tokens)
+    settings = [*((method, {}) for method in METHODS), ("neutral_residues", PRESETS["recommended"])]
+    return [
+        arm(profile, method, seed=seed, n_tokens=n_tokens, **options) for method, options in settings for seed in seeds
+    ]

@@ -202,6 +202,9 @@ def test_run_shows_the_parameters_of_a_notebook(study):
         (["--n-tokens", "100"], "n_tokens = 100 is less than one batch"),
         (["-p", "n_heads=3"], "n_heads = 3"),
         (["--backbone", "./no-such-model"], "no-such-model"),
+        (["--preset", "best"], "Allowed: paper, recommended"),
+        (["--preset", "recommended", "--method", "lora"], "has no meaning for method = 'lora'"),
+        (["--method", "gated_lora", "--save", "somewhere"], "gated_lora stands here for comparison"),
     ],
 )
 def test_extend_checks_every_input_before_any_work(monkeypatch, arguments, message):
@@ -222,6 +225,13 @@ def test_extend_explains_every_parameter():
     stdout = call("extend", "--show-parameters", "--profile", "smoke").stdout
     assert all(f"{name} = " in stdout for name in parameters())
     assert "d_model = 32 " in stdout  # the profile's value, not the field's default
+
+
+def test_a_preset_gives_way_to_what_is_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr(extend, "extend_and_report", lambda profile, changes, folder: seen.append(changes) or "")
+    call("extend", "--preset", "paper", "-p", "gate=sigmoid")
+    assert seen == [{"gate": "sigmoid", "local_loss": "l1", "local_loss_weight": 0.01}]
 
 
 def test_extend_reports_a_stored_run_without_training(monkeypatch):

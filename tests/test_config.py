@@ -17,7 +17,7 @@ from nrlib.config import (
     parameters,
 )
 from nrlib.errors import ConfigError
-from nrlib.profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, PAPER_PRESET, PROFILES
+from nrlib.profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, PRESETS, PROFILES
 
 
 def other_value(field, config):
@@ -91,8 +91,11 @@ def test_a_configuration_cannot_be_changed():
         make_config("smoke").seed = 3
 
 
-def test_the_papers_preset_is_a_run():
-    assert make_config("smoke", **PAPER_PRESET).method.local_loss_weight == 0.01
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_run_of_neutral_residues(preset):
+    method = make_config("smoke", **PRESETS[preset]).method
+    assert method.method == "neutral_residues"
+    assert {name: getattr(method, name) for name in PRESETS[preset]} == PRESETS[preset]
 
 
 def test_a_named_backbone_has_its_own_shape():

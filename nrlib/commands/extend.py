@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..config import RunConfig, absolute_path, flat_values, make_config, parameters
 from ..errors import ConfigError
 from ..notebook_parameters import Parameter, convert_value
+from ..profiles import PRESETS
 from ..runs import check_run
 from ..storage import atomic_directory, cache_directory, results_directory
 
@@ -51,6 +52,19 @@ def merge_changes(named: Mapping[str, Any], assignments: Mapping[str, str]) -> d
         else:
             changes[name] = text
     return changes
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The settings of a preset; none without a name.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name.
+    """
+    if name not in ("", *PRESETS):
+        raise ConfigError(f"preset = {name!r} is unknown. Allowed: {', '.join(PRESETS)}.")
+    return PRESETS.get(name, {})
 
 
 def explain_parameters(profile: str) -> str:
