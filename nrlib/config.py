@@ -245,7 +245,7 @@ def config_from_flat(profile: str, values: Mapping[str, Any]) -> RunConfig:
 
 def flat_values(config: RunConfig) -> dict[str, Any]:
     """Every parameter of a run with its value, by flat name."""
-    parts = config.to_dict()
+    parts = dataclasses.asdict(config)
     flat = {name: value for part in parts.values() if isinstance(part, dict) for name, value in part.items()}
     return flat | {name: value for name, value in parts.items() if not isinstance(value, dict)}
 
