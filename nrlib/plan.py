@@ -220,7 +220,7 @@ def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
     hours = [config.training.n_tokens * cost.training_flops / speed / 3600 for cost in costs]
     return Plan(
         config.method.method, getattr(options, "width", None), getattr(options, "r", None), n_backbone, n_extra,
-        n_trainable, *costs, *hours,
+        n_trainable, costs[0], costs[1], hours[0], hours[1],
     )  # fmt: skip
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .plan import HARDWARE, Plan, make_plans, method_config, notes
 from .step_cost import PARTS
+from .storage import project_directory
 
 PART_NAMES = {"optimiser": "optimiser state", "weight_copies": "bfloat16 copies of weights"}
 PAPER_BACKBONES = ("google/gemma-2b", "english-1.3b")
 _PAPER_HARDWARE = "h100"
+COMPARISON_FILE = project_directory() / "data" / "plan_check.json"  # written by `python -m nrlib.benchmark.plan_check`
 
 
 def plan_rows(plans: Sequence[Plan]) -> list[list[str]]:
@@ -61,3 +64,24 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     lines = [heading, ["---", *("---:" for _ in heading[1:])], *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
+
+def comparison_page() -> str:
+    """Plan against measurement, from COMPARISON_FILE, in Markdown."""
+    stored = json.loads(COMPARISON_FILE.read_text(encoding="utf-8"))
+    rows = [["width D", "method", "peak memory", "with checkpointing", "operations", "speed"]]
+    for c in stored["comparisons"]:
+        pairs = (
+            (c["planned_bytes"], c["measured_bytes"]),
+            (c["planned_bytes_with_checkpointing"], c["measured_bytes_with_checkpointing"]),
+            (c["planned_flops"], c["measured_flops"]),
+            (c["predicted_tokens_per_second"], c["tokens_per_second"]),
+        )
+        ratios = [f"{planned / measured:.3f}" for planned, measured in pairs]
+        is_calibration = c["d_model"] == stored["calibrated_on"]
+        ratios[-1] = "calibrated" if is_calibration else f"{pairs[-1][0] / pairs[-1][1]:.2f}"
+        rows.append([str(c["d_model"]), c["method"].replace("_", " "), *ratios])
+    device = (
+        f"{stored['device']}, {stored['n_threads']} thread{'s' if stored['n_threads'] > 1 else ''}, float32, PyTorch "
+        f"{stored['versions']['torch']}, {stored['tokens_per_step']:,} tokens a step"
+    )
+    return f"{markdown_table(rows)}\n\nMeasured on: {device}.\n"

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from .batches import Batch
 from .config import MethodConfig, TrainingConfig
@@ -54,7 +54,7 @@ class StepCost:
 
 
 def step_cost(
-    model: nn.Module,
+    model: Any,
     method: MethodConfig,
     training: TrainingConfig,
     dtype: torch.dtype,
@@ -78,9 +78,9 @@ def step_cost(
     """
     model.train()
     if has_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     n_sequences = training.batch_size // training.accumulation_steps
-    forward, step = CostTracker(model.config.vocab_size), CostTracker(model.config.vocab_size)
+    step = CostTracker(model.config.vocab_size)
     attention = keep_attention_precision() if is_accelerator else contextlib.nullcontext()
     try:
         with FakeTensorMode(), attention, warnings.catch_warnings():
@@ -88,8 +88,6 @@ def step_cost(
             _give_fake_weights(model)
             tokens = torch.zeros(n_sequences, training.context_length, dtype=torch.int64)
             batch = Batch(tokens, tokens, torch.zeros(n_sequences, dtype=torch.int64))
-            with torch.no_grad(), forward, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                model(input_ids=tokens, use_cache=False)
             optimizer = _prepare_for_second_step(model, training, step)
             with _labelled_gradients(model, step), step:
                 one_micro_batch = replace(training, batch_size=n_sequences, accumulation_steps=1)
@@ -100,13 +98,14 @@ def step_cost(
             f"{type(model).__name__} cannot be planned: what it computes depends on its input, as the choice of experts "
             f"does ({type(error).__name__}: {error}). Plan with a dense model of the same width and depth."
         ) from error
-    return StepCost(forward.n_flops / tokens.numel(), step.n_flops / tokens.numel(), step.at_peak)
+    n_tokens = tokens.numel()
+    return StepCost(step.n_forward_flops / n_tokens, step.n_flops / n_tokens, step.at_peak)
 
 
 class CostTracker(TorchDispatchMode):
     """Adds up the floating-point operations of what runs inside, and follows the bytes of all living tensors by part.
 
-    n_flops : operations so far; at_peak : bytes of each of PARTS when their sum was highest.
+    n_flops, n_forward_flops : operations so far, and those of them outside a backward pass; at_peak : bytes of each of PARTS when their sum was highest.
 
     `torch.utils.flop_counter.FlopCounterMode` counts the same, but its hooks on modules keep tensors of checkpointed
     layers alive, so it cannot look on at the same time.
@@ -115,7 +114,7 @@ class CostTracker(TorchDispatchMode):
     def __init__(self, n_vocabulary: int) -> None:
         super().__init__()
         self.n_vocabulary = n_vocabulary
-        self.n_flops = 0
+        self.n_flops = self.n_forward_flops = 0
         self.alive = dict.fromkeys(PARTS, 0)
         self.at_peak = dict(self.alive)
         self._part_of: dict[int, str] = {}  # by storage: views share one
@@ -142,7 +141,10 @@ class CostTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if formula := FLOP_FORMULAE.get(func._overloadpacket):
-            self.n_flops += formula(*args, **kwargs, out_val=result)
+            n_flops = formula(*args, **kwargs, out_val=result)
+            self.n_flops += n_flops
+            # checkpointing runs layers again within the backward pass, which has an identity then
+            self.n_forward_flops += n_flops if torch._C._current_graph_task_id() == -1 else 0
         is_copy = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._part_of:
@@ -171,9 +173,7 @@ def _give_fake_weights(model: nn.Module) -> None:
                 tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
-def _prepare_for_second_step(
-    model: nn.Module, training: TrainingConfig, tracker: CostTracker
-) -> torch.optim.Optimizer:
+def _prepare_for_second_step(model: nn.Module, training: TrainingConfig, tracker: CostTracker) -> torch.optim.Optimizer:
     """Count the weights and, by taking an empty step, the optimiser's state, which is there from the second step on.
 
     Returns the optimiser: its state lives as long as it does.
@@ -207,25 +207,27 @@ def _labelled_gradients(model: nn.Module, tracker: CostTracker) -> Iterator[None
             handle.remove()
 
 
-def _enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: Any) -> nn.Module:
+    """Keep only the inputs of each decoder layer of `model`, which is returned, for the backward pass."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5; the old name works in all versions
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return cast(nn.Module, model)
 
 
-def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
 
 
 def _attention_backward_flops(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any, **kwargs: Any
+    gradient: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape))
+    return int(sdpa_backward_flop_count(gradient, q, k, v))
 
 
-# PyTorch knows the fused attention of accelerators only. The convention is its own: causal attention counts in full.
-FLOP_FORMULAE = {
-    **flop_registry,
+# PyTorch's counter knows the fused attention of accelerators only. Its convention: causal attention counts in full.
+PROCESSOR_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+FLOP_FORMULAE = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in PROCESSOR_ATTENTION.items()}}
