@@ -36,7 +36,7 @@ def plan_rows(plans: Sequence[Plan]) -> list[list[str]]:
         add(f"hours{title}", (f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in hours))
         add(f"peak memory{title}, GB", (_gb(cost.peak_bytes) for cost in costs))
         for part in PARTS:
-            add(f"  {PART_NAMES.get(part, part)}", (_gb(cost.memory[part]) for cost in costs))
+            add(f"· {PART_NAMES.get(part, part)}", (_gb(cost.memory[part]) for cost in costs))
     return rows
 
 
