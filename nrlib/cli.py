@@ -255,7 +255,7 @@ def plan(
     n_tokens: Annotated[int | None, _help("n_tokens")] = None,
     method: Annotated[list[str], typer.Option(help="One method; may be repeated. Default: all.")] = [],  # noqa: B006
     hardware: Annotated[
-        str, typer.Option(help="h200, h100, a100, rtx4090, cpu, or 'tflops=…,memory=…GB,utilisation=…'.")
+        str, typer.Option(help="h200, h100, a100, rtx4090, cpu, or 'tflops=…,memory=…GB,utilisation=…,bandwidth=…GB'.")
     ] = "h100",
     parameter: Assignments = [],  # noqa: B006  (typer copies it)
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "paper",

@@ -6,9 +6,6 @@ of a step comes from running it without numbers (`nrlib.step_cost`).
 
 from __future__ import annotations
 
-import os
-import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from .backbone import backbone_shape
 from .config import FIXED_BY_METHOD, METHODS, RunConfig, make_config
 from .corpora.hub_datasets import parse_hub
 from .errors import ConfigError
+from .hardware import Hardware
 from .machine import pick_precision
 from .methods import apply_method, count_extra_weights
 from .step_cost import StepCost, step_cost
@@ -43,40 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-ASSUMED_UTILISATION = 0.4  # share of the peak that a well-fed GPU reaches in training; small models reach less
 ASSUMED_BYTES_PER_TOKEN = 4.0
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One device.
-
-    tflops, tflops_float32 : peak of dense matrix products in bfloat16 and float32, in 10^12 operations per second.
-    memory_gb : memory in 10^9 bytes; utilisation : share of the peak that training is assumed to reach.
-    source : where the peak comes from.
-    """
-
-    name: str
-    tflops: float
-    tflops_float32: float
-    memory_gb: float
-    utilisation: float = ASSUMED_UTILISATION
-    source: str = "vendor's peak, dense"
-
-    @property
-    def is_accelerator(self) -> bool:
-        return self.name != "cpu"
-
-
-HARDWARE = {
-    h.name: h
-    for h in (
-        Hardware("h200", 989, 67, 141),
-        Hardware("h100", 989, 67, 80),  # the SXM version
-        Hardware("a100", 312, 19.5, 80),
-        Hardware("rtx4090", 165, 82.6, 24),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -111,67 +76,6 @@ class Plan:
         return {**asdict(self), "n_weights": self.n_weights, **costs}
 
 
-def parse_hardware(text: str) -> Hardware:
-    """A name of HARDWARE, 'cpu' for this machine, or 'tflops=…,memory=…GB,utilisation=…'; a name may be followed by what
-    is to be changed, as in 'h100,utilisation=0.5'.
-
-    Raises
-    ------
-    ConfigError
-        For anything else.
-    """
-    name, _, rest = text.partition(",") if "=" not in text.partition(",")[0] else ("", "", text)
-    values: dict[str, float] = {}
-    for part in filter(None, rest.split(",")):
-        match = re.fullmatch(r"\s*(tflops|memory|utilisation)\s*=\s*(\d+(?:\.\d*)?(?:e\d+)?|\.\d+)\s*(?:GB)?\s*", part)
-        if match is None or match[1] in values or not float(match[2]) > 0:
-            raise ConfigError(_not_hardware(text, part.strip()))
-        values[match[1]] = float(match[2])
-    if name not in HARDWARE and name not in ("", "cpu"):
-        raise ConfigError(_not_hardware(text, name))
-    if not name and not {"tflops", "memory"} <= values.keys():
-        raise ConfigError(_not_hardware(text, text))
-    if values.get("utilisation", 1.0) > 1:
-        raise ConfigError(f"utilisation = {values['utilisation']:g} is a share of the peak: give at most 1.")
-    known = HARDWARE.get(name) or (this_machine() if name == "cpu" else None)
-    changed = "tflops" in values or known is None
-    return Hardware(
-        name=name or "given",
-        tflops=values.get("tflops", known.tflops if known else 0.0),
-        tflops_float32=values.get("tflops", known.tflops_float32 if known else 0.0),
-        memory_gb=values.get("memory", known.memory_gb if known else 0.0),
-        utilisation=values.get("utilisation", known.utilisation if known else ASSUMED_UTILISATION),
-        source="as given" if changed or known is None else known.source,
-    )
-
-
-def _not_hardware(text: str, part: str) -> str:
-    return (
-        f"hardware = {text!r}: {part!r} is not known. Give one of {', '.join(HARDWARE)}, cpu (this machine), or "
-        "numbers, such as 'tflops=312,memory=80GB,utilisation=0.4'."
-    )
-
-
-def this_machine() -> Hardware:
-    """The processor here; its peak is what a large matrix product reaches, since vendors give none for a share of one."""
-    peaks = {dtype: _matrix_tflops(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return Hardware(
-        "cpu", peaks[torch.bfloat16], peaks[torch.float32], n_bytes / 1e9, source="measured here, matrix product"
-    )
-
-
-def _matrix_tflops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    a = torch.ones(size, size, dtype=dtype)
-    a @ a
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
-
-
 def make_plans(
     profile: str, changes: Mapping[str, Any], hardware: Hardware, methods: Sequence[str] = METHODS
 ) -> Iterator[Plan]:
@@ -199,7 +103,7 @@ def method_config(profile: str, changes: Mapping[str, Any], method: str) -> RunC
 
 def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
     """What one run costs on one device."""
-    is_bfloat16 = planned_precision(config, hardware) == torch.bfloat16
+    dtype = planned_precision(config, hardware)
     costs = []
     for has_checkpointing in (False, True):
         model, n_backbone = planned_model(config)
@@ -211,13 +115,12 @@ def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
                 model,
                 config.method,
                 config.training,
-                torch.bfloat16 if is_bfloat16 else torch.float32,
+                dtype,
                 has_checkpointing=has_checkpointing,
                 is_accelerator=hardware.is_accelerator,
             )
         )
-    speed = (hardware.tflops if is_bfloat16 else hardware.tflops_float32) * 1e12 * hardware.utilisation
-    hours = [config.training.n_tokens * cost.training_flops / speed / 3600 for cost in costs]
+    hours = [config.training.n_tokens * hardware.seconds_per_token(cost, dtype) / 3600 for cost in costs]
     return Plan(
         config.method.method, getattr(options, "width", None), getattr(options, "r", None), n_backbone, n_extra,
         n_trainable, costs[0], costs[1], hours[0], hours[1],
@@ -260,9 +163,10 @@ def notes(config: RunConfig, hardware: Hardware, plans: Sequence[Plan]) -> list[
     """What a reader of the figures should know: assumptions, what does not fit, text that would run out."""
     precision = str(planned_precision(config, hardware)).removeprefix("torch.")
     peak = hardware.tflops if precision == "bfloat16" else hardware.tflops_float32
+    moving = f" + moved bytes / {hardware.bandwidth_gb:g} GB/s" if hardware.bandwidth_gb else ""
     found = [
         f"Hours: operations / ({peak:.3g} TFLOPS, {hardware.source}, {precision} x utilisation {hardware.utilisation:g}, "
-        "assumed unless you gave it). Evaluation, loading and saving are not in them."
+        f"assumed unless you gave it){moving}. Evaluation, loading and saving are not in them."
     ]
     if config.backbone.backbone_name in SHAPES:
         found.append(f"{config.backbone.backbone_name}: a shape that nrlib knows; nothing was downloaded.")

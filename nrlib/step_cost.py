@@ -41,11 +41,13 @@ class StepCost:
     """Cost of one optimiser step.
 
     forward_flops, training_flops : floating-point operations per token of a forward pass, and of training.
+    moved_bytes : bytes per token that operations other than matrix products and attention read and write in training.
     memory : bytes of each of PARTS at the moment when their sum is highest.
     """
 
     forward_flops: float
     training_flops: float
+    moved_bytes: float
     memory: dict[str, int]
 
     @property
@@ -89,6 +91,7 @@ def step_cost(
             tokens = torch.zeros(n_sequences, training.context_length, dtype=torch.int64)
             batch = Batch(tokens, tokens, torch.zeros(n_sequences, dtype=torch.int64))
             optimizer = _prepare_for_second_step(model, training, step)
+            of_optimizer = step.n_moved_bytes
             with _labelled_gradients(model, step), step:
                 one_micro_batch = replace(training, batch_size=n_sequences, accumulation_steps=1)
                 training_step(model, batch, one_micro_batch, method.local_loss, method.local_loss_weight, dtype)
@@ -99,13 +102,15 @@ def step_cost(
             f"does ({type(error).__name__}: {error}). Plan with a dense model of the same width and depth."
         ) from error
     n_tokens = tokens.numel()
-    return StepCost(step.n_forward_flops / n_tokens, step.n_flops / n_tokens, step.at_peak)
+    moved = (step.n_moved_bytes - of_optimizer) / n_tokens + of_optimizer / (n_tokens * training.accumulation_steps)
+    return StepCost(step.n_forward_flops / n_tokens, step.n_flops / n_tokens, moved, step.at_peak)
 
 
 class CostTracker(TorchDispatchMode):
     """Adds up the floating-point operations of what runs inside, and follows the bytes of all living tensors by part.
 
-    n_flops, n_forward_flops : operations so far, and those of them outside a backward pass; at_peak : bytes of each of PARTS when their sum was highest.
+    n_flops, n_forward_flops : operations so far, and those of them outside a backward pass; n_moved_bytes : bytes
+    that all other operations have read and written; at_peak : bytes of each of PARTS when their sum was highest.
 
     `torch.utils.flop_counter.FlopCounterMode` counts the same, but its hooks on modules keep tensors of checkpointed
     layers alive, so it cannot look on at the same time.
@@ -114,7 +119,7 @@ class CostTracker(TorchDispatchMode):
     def __init__(self, n_vocabulary: int) -> None:
         super().__init__()
         self.n_vocabulary = n_vocabulary
-        self.n_flops = self.n_forward_flops = 0
+        self.n_flops = self.n_forward_flops = self.n_moved_bytes = 0
         self.alive = dict.fromkeys(PARTS, 0)
         self.at_peak = dict(self.alive)
         self._part_of: dict[int, str] = {}  # by storage: views share one
@@ -145,6 +150,9 @@ class CostTracker(TorchDispatchMode):
             self.n_flops += n_flops
             # checkpointing runs layers again within the backward pass, which has an identity then
             self.n_forward_flops += n_flops if torch._C._current_graph_task_id() == -1 else 0
+        elif not _only_looks(func):
+            tensors = (t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            self.n_moved_bytes += sum(t.numel() * t.element_size() for t in tensors)
         is_copy = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._part_of:
@@ -156,6 +164,16 @@ class CostTracker(TorchDispatchMode):
 
     def _part(self, tensor: Tensor) -> str:
         return "logits" if tensor.dim() and tensor.shape[-1] == self.n_vocabulary else "activations"
+
+
+def _only_looks(func: Any) -> bool:
+    """Whether an operation moves no data: a view, or memory that is not filled."""
+    return func.is_view or func.namespace != "aten" or func._overloadpacket in _WITHOUT_DATA
+
+
+_WITHOUT_DATA = {
+    getattr(torch.ops.aten, name) for name in ("_unsafe_view", "detach", "empty", "empty_like", "empty_strided")
+}
 
 
 def _give_fake_weights(model: nn.Module) -> None:
@@ -184,7 +202,8 @@ def _prepare_for_second_step(model: nn.Module, training: TrainingConfig, tracker
     for parameter in trainable:
         parameter.grad = torch.empty_like(parameter)
     optimizer = make_optimizer(model, training)
-    optimizer.step()
+    with tracker:
+        optimizer.step()
     for state in optimizer.state.values():
         for tensor in state.values():
             tracker.add(tensor, "optimiser")

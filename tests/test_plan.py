@@ -9,17 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nrlib import plan as planning
-from nrlib import plan_tables
+from nrlib import hardware, plan_tables
 from nrlib.benchmark.plan_check import compare, make_model, peak_allocated
 from nrlib.cli import app
 from nrlib.config import METHODS, make_config
 from nrlib.corpora import check_spec
 from nrlib.errors import BackboneError, ConfigError
+from nrlib.hardware import HARDWARE, Hardware, parse_hardware
 from nrlib.machine import attention_in_float32, keep_attention_precision
-from nrlib.plan import HARDWARE, Hardware, make_plan, make_plans, notes, parse_hardware, planned_model
+from nrlib.plan import make_plan, make_plans, notes, planned_model
 from nrlib.plan_tables import markdown_table, plan_rows
-from nrlib.step_cost import step_cost
+from nrlib.step_cost import CostTracker, step_cost
 
 CPU = Hardware("cpu", tflops=1.0, tflops_float32=0.5, memory_gb=1.0, utilisation=0.5)
 TOLERANCE = 0.15
@@ -102,6 +102,8 @@ def test_the_parts_are_the_peak_and_the_hours_follow_from_the_arithmetic():
     weights = sum(p.numel() for p in make_model(config).parameters())
     assert plan.n_weights == weights and plan.cost.memory["weights"] == pytest.approx(4 * weights, rel=0.01)
     assert plan.hours == pytest.approx(1e9 * plan.cost.training_flops / (0.5e12 * 0.5) / 3600)
+    slow = make_plan(config, replace(CPU, bandwidth_gb=2.0))
+    assert slow.hours == pytest.approx(plan.hours + 1e9 * plan.cost.moved_bytes / 2e9 / 3600)
     on_gpu = make_plan(config, replace(CPU, name="h100"))
     assert on_gpu.hours == pytest.approx(plan.hours)  # float32 was asked for
     automatic = replace(config, training=replace(config.training, precision="auto"))
@@ -138,6 +140,39 @@ def test_experts_cannot_be_planned(tiny_model):
     config = small(local_loss="none")
     with pytest.raises(BackboneError, match="Plan with a dense model"):
         step_cost(model, config.method, config.training, torch.float32)
+
+
+def test_speed_of_other_shapes_follows_from_one():
+    flops, moved = 2e11, 3e10
+    costs = [(128, 9e6, 1.8e6), (256, 27e6, 3.2e6), (256, 23e6, 4.3e6), (512, 93e6, 6.5e6)]
+    comparisons = [
+        {"d_model": d, "planned_flops": f, "planned_moved_bytes": b, "tokens_per_second": 1 / (f / flops + b / moved)}
+        for d, f, b in costs
+    ]
+    assert plan_tables.calibrate(comparisons[1:3]) == pytest.approx((flops, moved))
+    predicted = plan_tables.predict_speeds(comparisons, 256)
+    assert predicted == pytest.approx([c["tokens_per_second"] for c in comparisons])
+
+
+def test_the_published_comparison_is_within_the_promised_share():
+    stored = json.loads(plan_tables.COMPARISON_FILE.read_text(encoding="utf-8"))
+    comparisons = stored["comparisons"]
+    assert {(c["d_model"], c["method"]) for c in comparisons} == {(d, m) for d in (128, 256, 512) for m in METHODS}
+    for c, speed in zip(comparisons, plan_tables.predict_speeds(comparisons, stored["calibrated_on"]), strict=True):
+        for name in ("bytes", "bytes_with_checkpointing", "flops"):
+            assert c[f"planned_{name}"] == pytest.approx(c[f"measured_{name}"], rel=TOLERANCE)
+        assert speed == pytest.approx(c["tokens_per_second"], rel=TOLERANCE)
+
+
+def test_moved_bytes_of_one_operation_by_hand():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), CostTracker(n_vocabulary=7) as tracker:
+        a = torch.empty(10, 20)
+        b = a.t() + 1.0  # reads 800 bytes, writes 800
+        a @ b  # a product: operations, not bytes
+        b.mul_(2.0)
+    assert (tracker.n_moved_bytes, tracker.n_flops) == (3200, 2 * 10 * 20 * 10)
 
 
 # --- the paper's profile ----------------------------------------------------------------------------------------------
@@ -192,6 +227,7 @@ def test_hardware_by_name_by_numbers_or_changed():
     given = parse_hardware("tflops=312, memory=80GB, utilisation=.5")
     assert (given.tflops, given.tflops_float32, given.memory_gb, given.utilisation) == (312, 312, 80, 0.5)
     assert given.source == "as given" and given.is_accelerator
+    assert parse_hardware("h100,bandwidth=3000GB").bandwidth_gb == 3000
     changed = parse_hardware("h100,utilisation=0.5")
     assert changed == replace(HARDWARE["h100"], utilisation=0.5)
 
@@ -207,7 +243,7 @@ def test_other_hardware_is_refused_in_words(text):
 
 
 def test_this_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(planning, "_matrix_tflops", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(hardware, "_matrix_tflops", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
     here = parse_hardware("cpu")
     assert (here.tflops, here.tflops_float32, here.is_accelerator) == (2.0, 1.0, False) and here.memory_gb > 0.5
 
@@ -234,7 +270,9 @@ def test_the_command_takes_a_folder_or_its_configuration_file(tmp_path, tiny_mod
 
 
 def test_the_table_shows_every_method_and_leaves_out_what_one_does_not_use():
-    result = call("--profile", "smoke", "-p", "gate=relu", "-p", "extra_ratio=0.3", "-p", "n_layers=1", "--hardware", "a100")
+    result = call(
+        "--profile", "smoke", "-p", "gate=relu", "-p", "extra_ratio=0.3", "-p", "n_layers=1", "--hardware", "a100"
+    )
     assert result.exit_code == 0, (result.output, result.exception)
     heading = next(line for line in result.stdout.splitlines() if "fine tuning" in line)
     assert all(method.replace("_", " ") in heading for method in METHODS)

@@ -31,7 +31,7 @@ ORDER = [
     "texts", "training", "evaluation", "records",
     "harness_tasks", "harness", "local_tasks",
     "backbone", "step_cost", "tables", "experiments", "figures",
-    "plan", "plan_tables",
+    "hardware", "plan", "plan_tables",
     "benchmark.cases", "benchmark.memory", "benchmark.__init__", "benchmark.plan_check",
     "runs",
     "tasks", "cluster",

@@ -3,8 +3,8 @@
     python -m nrlib.benchmark.plan_check
 
 Memory is what PyTorch's allocator handed out, as its profiler reports it; operations are counted by PyTorch's own counter
-on the real step; speed is in tokens per second of processor time, which other programs hardly change. The speed of one
-shape gives the utilisation of the others.
+on the real step; speed is in tokens per second of processor time, which other programs change least. The speeds of all
+methods at one shape tell how fast products are and how fast everything else is, and so predict the other shapes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from ..backbone import build_backbone
 from ..config import METHODS, RunConfig, make_config
+from ..hardware import Hardware
 from ..machine import describe_device, package_versions
 from ..methods import apply_method
-from ..plan import Hardware, make_plan
+from ..plan import make_plan
 from ..plan_tables import COMPARISON_FILE
 from ..step_cost import PROCESSOR_ATTENTION, enable_checkpointing
 from ..storage import atomic_path
@@ -39,7 +40,7 @@ SHAPES: tuple[dict[str, int], ...] = (
     {"d_model": 512, "n_layers": 4, "n_heads": 8, "ffn_width": 1408},
 )
 SETTINGS: dict[str, Any] = {"batch_size": 8, "precision": "float32"}
-CALIBRATED_ON = 256  # the shape whose speed gives the utilisation of the others
+CALIBRATED_ON = 256  # the shape whose speeds predict those of the others
 _PROCESSOR = Hardware("cpu", tflops=1, tflops_float32=1, memory_gb=1)  # only hours depend on the numbers
 
 
@@ -55,8 +56,8 @@ class Comparison:
     measured_bytes_with_checkpointing: int
     planned_flops: float  # per token
     measured_flops: float
+    planned_moved_bytes: float  # per token
     tokens_per_second: float = 0.0  # of processor time
-    predicted_tokens_per_second: float = 0.0
 
 
 def compare(config: RunConfig) -> Comparison:
@@ -71,6 +72,7 @@ def compare(config: RunConfig) -> Comparison:
         peak_allocated(lambda: _train(enable_checkpointing(make_model(config)), config, 2)),
         plan.cost.training_flops,
         count_flops(config),
+        plan.cost.moved_bytes,
     )
 
 
@@ -124,19 +126,13 @@ def check_plan(n_rounds: int = 3, n_steps: int = 3, progress: bool = True) -> di
             model = make_model(config)
             _train(model, config, 1)
             seconds[key].append(_train(model, config, n_steps))
-    speeds = {}
-    for key, config in configs.items():
-        c = config.training
-        speeds[key] = n_steps * c.batch_size * c.context_length / min(seconds[key])
-    result = []
-    for (d_model, method), row in rows.items():
-        calibration = speeds[CALIBRATED_ON, method] * rows[CALIBRATED_ON, method].planned_flops
-        predicted = {"predicted_tokens_per_second": round(calibration / row.planned_flops)}
-        result.append({**vars(row), "tokens_per_second": round(speeds[d_model, method]), **predicted})
     c = next(iter(configs.values())).training
+    tokens_per_step = c.batch_size * c.context_length
+    speeds = {key: n_steps * tokens_per_step / min(found) for key, found in seconds.items()}
+    result = [{**vars(row), "tokens_per_second": round(speeds[key])} for key, row in rows.items()]
     return {
         "calibrated_on": CALIBRATED_ON,
-        "tokens_per_step": c.batch_size * c.context_length,
+        "tokens_per_step": tokens_per_step,
         "device": describe_device(torch.device("cpu")),
         "n_threads": torch.get_num_threads(),
         "versions": package_versions(),

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config import METHODS, RunConfig, absolute_path
 from ..errors import ConfigError
-from ..plan import make_plans, method_config, notes, parse_hardware
+from ..hardware import parse_hardware
+from ..plan import make_plans, method_config, notes
 from ..plan_tables import plan_rows
 
 
