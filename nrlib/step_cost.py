@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from .batches import Batch
 from .config import MethodConfig, TrainingConfig
 from .errors import BackboneError
+from .language_loss import find_head
 from .machine import keep_attention_precision
 from .training import make_optimizer, training_step
 
@@ -71,7 +72,7 @@ def step_cost(
     model : what `nrlib.methods.apply_method` made of a backbone without weights.
     dtype : type of the matrix products; the weights are float32, as in training.
     has_checkpointing : keep only the inputs of each decoder layer and compute the rest again in the backward pass.
-    is_accelerator : False follows what training does on a processor, which computes attention in float32.
+    is_accelerator : False follows what training does on a processor: attention in float32, all logits at once.
 
     Raises
     ------
@@ -88,13 +89,15 @@ def step_cost(
         with FakeTensorMode(), attention, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of checkpointing a frozen embedding, and of the like: nothing is trained
             _give_fake_weights(model)
+            head = _find_head(model) if is_accelerator else None
             tokens = torch.zeros(n_sequences, training.context_length, dtype=torch.int64)
             batch = Batch(tokens, tokens, torch.zeros(n_sequences, dtype=torch.int64))
             optimizer = _prepare_for_second_step(model, training, step)
             of_optimizer = step.n_moved_bytes
             with _labelled_gradients(model, step), step:
                 one_micro_batch = replace(training, batch_size=n_sequences, accumulation_steps=1)
-                training_step(model, batch, one_micro_batch, method.local_loss, method.local_loss_weight, dtype)
+                weight = method.local_loss_weight
+                training_step(model, batch, one_micro_batch, method.local_loss, weight, dtype, head=head)
             del optimizer
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         raise BackboneError(
@@ -143,6 +146,8 @@ class CostTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # .item(): a fake tensor has no number to give
             return 1.0 if args[0].is_floating_point() else 1
+        if func is torch.ops.aten.equal.default:  # nor can two be compared: what is one tensor is equal
+            return args[0].untyped_storage()._cdata == args[1].untyped_storage()._cdata
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if formula := FLOP_FORMULAE.get(func._overloadpacket):
@@ -164,6 +169,11 @@ class CostTracker(TorchDispatchMode):
 
     def _part(self, tensor: Tensor) -> str:
         return "logits" if tensor.dim() and tensor.shape[-1] == self.n_vocabulary else "activations"
+
+
+def _find_head(model: Any) -> nn.Linear | None:
+    with CostTracker(model.config.vocab_size):  # it compares tensors
+        return find_head(model)
 
 
 def _only_looks(func: Any) -> bool:

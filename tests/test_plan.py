@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nrlib import hardware, plan_tables
-from nrlib.benchmark.plan_check import compare, make_model, peak_allocated
+from nrlib import hardware, language_loss, plan_tables, training
+from nrlib.benchmark.plan_check import compare, make_model, peak_allocated, train_steps
 from nrlib.cli import app
 from nrlib.config import METHODS, make_config
 from nrlib.corpora import check_spec
@@ -63,6 +63,21 @@ def test_mixed_precision_and_accumulation_are_planned_too(method):
     assert plan.cost.memory["gradients"] == pytest.approx(4 * plan.n_trainable_weights)
     whole = make_plan(replace(config, training=replace(config.training, accumulation_steps=1)), CPU)
     assert plan.cost.peak_bytes < 0.8 * whole.cost.peak_bytes
+
+
+@pytest.mark.parametrize("method", ["fine_tuning", "neutral_residues"])
+def test_an_accelerator_computes_the_loss_in_parts(monkeypatch, method):
+    """Measured on the processor, with the loss computed as on an accelerator."""
+    monkeypatch.setattr(language_loss, "N_LOGITS_AT_ONCE", 1 << 16)
+    config = small(method=method, vocabulary_size=4096)
+    planned = make_plan(config, replace(CPU, name="h100")).cost
+    whole = make_plan(config, CPU).cost
+    assert planned.memory["logits"] < 0.2 * whole.memory["logits"]
+    assert planned.forward_flops == whole.forward_flops
+    monkeypatch.setattr(training, "_head_to_compute_in", lambda model, device: language_loss.find_head(model))
+    measured = peak_allocated(lambda: train_steps(make_model(config), config, 2))
+    assert planned.peak_bytes == pytest.approx(measured, rel=TOLERANCE)
+    assert whole.peak_bytes > 1.3 * measured
 
 
 def test_arithmetic_of_a_forward_pass_by_hand():

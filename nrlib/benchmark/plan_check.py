@@ -67,9 +67,9 @@ def compare(config: RunConfig) -> Comparison:
         config.backbone.d_model,
         config.method.method,
         plan.cost.peak_bytes,
-        peak_allocated(lambda: _train(make_model(config), config, 2)),
+        peak_allocated(lambda: train_steps(make_model(config), config, 2)),
         plan.cost_with_checkpointing.peak_bytes,
-        peak_allocated(lambda: _train(enable_checkpointing(make_model(config)), config, 2)),
+        peak_allocated(lambda: train_steps(enable_checkpointing(make_model(config)), config, 2)),
         plan.cost.training_flops,
         count_flops(config),
         plan.cost.moved_bytes,
@@ -81,7 +81,7 @@ def make_model(config: RunConfig) -> nn.Module:
     return apply_method(build_backbone(config, config.backbone.vocabulary_size, 0), config.method, config.seed)
 
 
-def _train(model: nn.Module, config: RunConfig, n_steps: int) -> float:
+def train_steps(model: nn.Module, config: RunConfig, n_steps: int) -> float:
     """Seconds of processor time of the steps."""
     batches, m = random_batches(config, n_steps), config.method
     start = time.process_time()
@@ -108,7 +108,7 @@ def count_flops(config: RunConfig) -> float:
     """Floating-point operations per token of a real training step."""
     model = make_model(config)
     with FlopCounterMode(display=False, custom_mapping=PROCESSOR_ATTENTION) as counter:
-        _train(model, config, 1)
+        train_steps(model, config, 1)
     return counter.get_total_flops() / (config.training.batch_size * config.training.context_length)
 
 
@@ -124,8 +124,8 @@ def check_plan(n_rounds: int = 3, n_steps: int = 3, progress: bool = True) -> di
     for _ in tqdm(range(n_rounds), disable=not progress, desc="speed"):
         for key, config in configs.items():  # in turn: what slows the machine slows all
             model = make_model(config)
-            _train(model, config, 1)
-            seconds[key].append(_train(model, config, n_steps))
+            train_steps(model, config, 1)
+            seconds[key].append(train_steps(model, config, n_steps))
     c = next(iter(configs.values())).training
     tokens_per_step = c.batch_size * c.context_length
     speeds = {key: n_steps * tokens_per_step / min(found) for key, found in seconds.items()}
