@@ -248,6 +248,36 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    backbone: Annotated[
+        str | None, typer.Option(help="Hub name, local folder, or config.json of a causal language model.")
+    ] = None,
+    n_tokens: Annotated[int | None, _help("n_tokens")] = None,
+    method: Annotated[list[str], typer.Option(help="One method; may be repeated. Default: all.")] = [],  # noqa: B006
+    hardware: Annotated[
+        str, typer.Option(help="h200, h100, a100, rtx4090, cpu, or 'tflops=…,memory=…GB,utilisation=…,bandwidth=…GB'.")
+    ] = "h100",
+    parameter: Assignments = [],  # noqa: B006  (typer copies it)
+    profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "paper",
+    format: Annotated[Format, typer.Option(help="json: one object.")] = Format.table,
+) -> None:
+    """Say what a run would cost: adapter widths, weights, memory by part, arithmetic, hours.
+
+    Nothing is downloaded or trained; all methods stand side by side at the same budget.
+
+    \b
+    Examples:  nrlib plan --profile paper
+               nrlib plan --backbone path/to/config.json -p n_tokens=1000000000 --hardware a100
+               nrlib plan --profile gpu --method neutral_residues --hardware 'h100,utilisation=0.5'
+    """
+    from .commands import plan as command
+    from .commands.extend import merge_changes
+
+    changes = merge_changes({"backbone_name": backbone, "n_tokens": n_tokens}, split_assignments(parameter))
+    typer.echo(command.plan_and_report(profile, changes, hardware, method, as_json=format is Format.json))
+
+
+@app.command()
 def records(
     format: Annotated[Format, typer.Option(help="json: one object a line.")] = Format.table,
     notebook: Annotated[str, typer.Option(help="Only the runs this notebook asked for first.")] = "",

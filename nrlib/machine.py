@@ -103,6 +103,18 @@ def attention_in_float32(device: torch.device, dtype: torch.dtype) -> Iterator[N
                 del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
+@contextmanager
+def keep_attention_precision() -> Iterator[None]:
+    """Inside, `attention_in_float32` changes nothing: for a plan, which follows an accelerator's step on a processor."""
+    with _FLOAT32_ATTENTION_LOCK:
+        _FLOAT32_ATTENTION["n_users"] += 1  # as if another one had seen to it
+    try:
+        yield
+    finally:
+        with _FLOAT32_ATTENTION_LOCK:
+            _FLOAT32_ATTENTION["n_users"] -= 1
+
+
 def _replace_sdpa(registry: Any) -> None:
     fused = registry["sdpa"]
 

@@ -64,7 +64,7 @@ class NeutralResiduesConfig(PeftConfig):
     width: int | None = field(
         default=None, metadata={"help": "adapter width H; None: as wide as extra_ratio allows, filled in at injection"}
     )
-    target_modules: list[str] | None = field(
+    target_modules: list[str] | tuple[str, ...] | None = field(
         default=None, metadata={"help": "full names of the wrapped blocks; None: found from site and layers"}
     )
 
@@ -193,6 +193,10 @@ class NeutralResiduesModel(BaseTuner):
             filled_in["width"] = width_for_budget(self.model, peft_config.extra_ratio, len(targets), has_gate)
         for name, value in filled_in.items():
             setattr(peft_config, name, value)
+        # From 20 names on, PEFT abbreviates a list or set of them to endings; a tuple it leaves alone.
+        peft_config.target_modules = tuple(targets)
+        if "target_modules" in filled_in:
+            filled_in["target_modules"] = peft_config.target_modules
         peft_config._filled_in = filled_in
         return peft_config
 

@@ -21,7 +21,7 @@ from nrlib.errors import ConfigError
 from nrlib.records import Record, save_record
 from nrlib.runs import run_or_load
 
-COMMANDS = ("run", "extend", "records", "corpora", "bench", "doctor", "reproduce", "evaluate")
+COMMANDS = ("run", "extend", "plan", "records", "corpora", "bench", "doctor", "reproduce", "evaluate")
 
 
 @pytest.fixture(autouse=True)
