@@ -88,7 +88,7 @@ CASES = [
     ({"n_heads": 3}, ConfigError, ("n_heads = 3", "d_model = 32")),
     ({"d_model": 30}, ConfigError, ("n_heads = 2", "d_model = 30")),
     ({"backbone_name": "/no/such/folder"}, BackboneError, ("/no/such/folder", "save_pretrained")),
-    ({"backbone_name": "no-such/model"}, BackboneError, ("no-such/model", "Check the name")),
+    ({"backbone_name": "no-such/model"}, BackboneError, ("no-such/model", "cannot be reached", "HF_HUB_OFFLINE", "local folder")),
 ]  # fmt: skip
 
 
