@@ -83,7 +83,10 @@ def model_width(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None)
     if width is None:
-        raise BackboneError(f"{type(model).__name__} has no config.hidden_size, so the adapter's width D is unknown.")
+        raise BackboneError(
+            f"{type(model).__name__} has no config.hidden_size, so the width D of its hidden states is "
+            "unknown. A model of your own says it so: model.config = transformers.PretrainedConfig(hidden_size=D)."
+        )
     return int(width)
 
 

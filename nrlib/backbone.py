@@ -17,7 +17,7 @@ from .machine import pick_device, seeded
 from .storage import atomic_directory, atomic_path, cache_directory, fingerprint
 from .texts import PreparedText
 from .training import Hooks, train
-from .weights import check_fit
+from .weights import check_fit, shapes_differ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,9 @@ def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -
         if not folder.exists():
             _pretrain(config, text, folder, progress)
         model = load_backbone(str(folder))
-    return model.to(pick_device()).eval()
+    if getattr(model, "hf_quantizer", None) is None:  # a quantised one is where its library needs it
+        model = model.to(pick_device())
+    return model.eval()
 
 
 def load_backbone(name: str) -> PreTrainedModel:
@@ -90,7 +92,11 @@ def _not_safetensors(name: str) -> str:
 
 def _check_weights(model: PreTrainedModel, name: str, report: dict[str, Any]) -> None:
     """Raise WeightsError for what would otherwise stay random. Weights without a place (another task's head) may be there."""
-    mismatched = {key: (tuple(given), tuple(expected)) for key, given, expected in report["mismatched_keys"]}
+    weights = model.state_dict()
+    mismatched = [  # transformers 4 gives the names alone
+        shapes_differ(key, None, weights[key].shape) if isinstance(key, str) else shapes_differ(*key)
+        for key in report["mismatched_keys"]
+    ]
     if report["missing_keys"] or mismatched:
         check_fit(
             repr(name),

@@ -62,7 +62,9 @@ def why_not_loaded(what: str, name: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     names = " ".join(cls.__name__ for e in (error, error.__cause__) if e for cls in type(e).__mro__)
     if "gated" in text.lower() or "GatedRepo" in names or "401 Client Error" in text or "403 Client Error" in text:
-        remedy = "It is gated: accept its licence on its hub page, log in with `hf auth login` (or set HF_TOKEN), and retry."
+        remedy = (
+            "It is gated: accept its licence on its hub page, log in with `hf auth login` (or set HF_TOKEN), and retry."
+        )
     elif Path(name).exists():
         remedy = f"The folder exists, but holds no {what} that transformers can load."
     elif "LocalEntryNotFound" in names or "OfflineMode" in names:

@@ -28,7 +28,7 @@ from .architecture import (
 )
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
-from .weights import check_fit, refuse_pickles
+from .weights import check_fit, refuse_pickles, shapes_differ
 
 PEFT_NAME = "neutral_residues"
 _FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}
@@ -262,7 +262,11 @@ class NeutralResiduesModel(BaseTuner):
             f"{type(model).__name__} with width = {config.width} in {len(config.target_modules)} blocks",
             missing=expected.keys() - found.keys(),
             unexpected=found.keys() - known,  # saved embeddings, for one, are known
-            mismatched={n: (found[n], expected[n]) for n in found.keys() & expected.keys() if found[n] != expected[n]},
+            mismatched=[
+                shapes_differ(name, found[name], shape)
+                for name, shape in expected.items()
+                if found.get(name, shape) != shape
+            ],
             remedy="Load them with the adapter_config.json they were saved with, into the backbone they were trained on.",
         )
         return given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from .errors import WeightsError
@@ -27,16 +27,21 @@ def check_fit(
     *,
     missing: Collection[str] = (),
     unexpected: Collection[str] = (),
-    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    mismatched: Collection[str] = (),
     remedy: str,
 ) -> None:
     """Raise WeightsError if there is anything in `missing` (the model's own), `unexpected` (the file's own) or
-    `mismatched` (name: shape in the file, shape in the model); the message lists the first of each."""
-    shapes = [f"{name} {tuple(a)} in the file, {tuple(b)} in the model" for name, (a, b) in (mismatched or {}).items()]
-    kinds = {"missing in the file": missing, "unknown to the model": unexpected, "of another shape": shapes}
+    `mismatched` (made by `shapes_differ`); the message lists the first of each."""
+    kinds = {"missing in the file": missing, "unknown to the model": unexpected, "of another shape": mismatched}
     parts = [f"{words}: {_first(sorted(items))}" for words, items in kinds.items() if items]
     if parts:
         raise WeightsError(f"The weights of {what} do not fit {model}. {'; '.join(parts)}. {remedy}")
+
+
+def shapes_differ(name: str, in_file: Collection[int] | None, in_model: Collection[int]) -> str:
+    """A weight whose shape is not the model's; None where a library does not tell the file's."""
+    given = f"{tuple(in_file)} in the file, " if in_file is not None else ""
+    return f"{name} {given}{tuple(in_model)} in the model"
 
 
 def _first(items: list[str]) -> str:
