@@ -28,6 +28,7 @@ from .architecture import (
 )
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
+from .weights import check_fit, refuse_pickles, shapes_differ
 
 PEFT_NAME = "neutral_residues"
 _FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}
@@ -86,6 +87,12 @@ class NeutralResiduesConfig(PeftConfig):
                 "Choose gate = 'sigmoid' (the paper's pairing), or local_loss = 'l1' or 'none'."
             )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the options; PEFT does so first, so that a pickle beside them is refused before it is opened."""
+        refuse_pickles(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the options, and into the model card what to import before loading them."""
         super().save_pretrained(save_directory, **kwargs)
@@ -121,6 +128,14 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.neutral_residues_adapters = nn.ModuleDict()
         self.neutral_residues_positions: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # copied or unpickled, and not filled yet
+                raise
+            return getattr(self.base_layer, name)  # some decoder layers ask their block what it is (Gemma 3, OLMoE)
 
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
         """Add an adapter, on the device of the block."""
@@ -235,6 +250,30 @@ class NeutralResiduesModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's default looks for the name in the last two parts only; an adapter here is a module with parts.
         return key.replace(f"neutral_residues_adapters.{adapter_name}.", "neutral_residues_adapters.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        # Everything PEFT loads passes here. It warns of missing weights at most, and says nothing of unknown ones.
+        given = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        part = f"neutral_residues_adapters.{adapter_name}."
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if part in name}
+        found = {name: tuple(value.shape) for name, value in given.items()}
+        known = {f"{start}{name}" for name in model.state_dict() for start in ("", "base_model.model.")}
+        check_fit(
+            f"the adapter {adapter_name!r}",
+            f"{type(model).__name__} with width = {config.width} in {len(config.target_modules)} blocks",
+            missing=expected.keys() - found.keys(),
+            unexpected=found.keys() - known,  # saved embeddings, for one, are known
+            mismatched=[
+                shapes_differ(name, found[name], shape)
+                for name, shape in expected.items()
+                if found.get(name, shape) != shape
+            ],
+            remedy="Load them with the adapter_config.json they were saved with, into the backbone they were trained on.",
+        )
+        return given
 
 
 register_peft_method(name=PEFT_NAME, config_cls=NeutralResiduesConfig, model_cls=NeutralResiduesModel)

@@ -23,6 +23,7 @@ from .distributed import (
 )
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
+from .machine import explained_shortage
 from .methods import apply_method, count_extra_weights
 from .records import (
     RESULT_VERSION,
@@ -175,16 +176,17 @@ def extend(
         values, _ = evaluate(model, text.held_out, VALIDATION_SETS, c.context_length)
         return {f"bits_per_byte_{name}": value for name, value in _rounded(values).items()}
 
-    state = train(
-        model,
-        batches,
-        c,
-        local_loss=method.local_loss,
-        local_loss_weight=method.local_loss_weight,
-        hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure),
-        description=config.run_id,
-        progress=progress,
-    )
+    with explained_shortage(c.batch_size, c.context_length, c.accumulation_steps):
+        state = train(
+            model,
+            batches,
+            c,
+            local_loss=method.local_loss,
+            local_loss_weight=method.local_loss_weight,
+            hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure),
+            description=config.run_id,
+            progress=progress,
+        )
     return model, state
 
 

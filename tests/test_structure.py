@@ -14,7 +14,7 @@ PACKAGE = Path(nrlib.__file__).parent
 # A module imports only modules on lines above its own. A new module gets its place here.
 ORDER = [
     "errors",
-    "storage",
+    "storage", "hub", "weights",
     "config",
     "machine",
     "adapter", "architecture",
