@@ -5,8 +5,10 @@ Importing nrlib registers the method with PEFT, so that `get_peft_model` and `Pe
 
 from .adapter import GatedAdapter
 from .config import RunConfig, make_config
+from .hub import push_to_hub
 from .losses import IGNORED, NEW, ORIGINAL, LocalLoss
 from .peft_method import NeutralResiduesConfig, NeutralResiduesLayer, NeutralResiduesModel
+from .trainer import LocalLossMixin
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,9 +17,11 @@ __all__ = [
     "ORIGINAL",
     "GatedAdapter",
     "LocalLoss",
+    "LocalLossMixin",
     "NeutralResiduesConfig",
     "NeutralResiduesLayer",
     "NeutralResiduesModel",
     "RunConfig",
     "make_config",
+    "push_to_hub",
 ]

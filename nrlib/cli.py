@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from .config import PROFILES
 from .config import parameters as run_parameters
 from .errors import ConfigError, NrlibError
+from .tracking import TRACKERS
 
 if TYPE_CHECKING:
     from .records import Record
@@ -151,6 +152,9 @@ def extend(
     parameter: Assignments = [],  # noqa: B006  (typer copies it)
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
+    log_to: Annotated[
+        str | None, typer.Option(metavar="TRACKER", help=f"Log every step to one of {', '.join(TRACKERS)}.")
+    ] = None,
     show_parameters: ShowParameters = False,
 ) -> None:
     """Extend a backbone to a new domain and measure what it learned and forgot.
@@ -173,7 +177,7 @@ def extend(
         "n_tokens": n_tokens, "seed": seed,
     }  # fmt: skip
     changes = command.merge_changes(named, split_assignments(parameter))
-    typer.echo(command.extend_and_report(profile, changes, save))
+    typer.echo(command.extend_and_report(profile, changes, save, log_to))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .batches import Batch, MixedBatches
 from .config import TrainingConfig
-from .losses import IGNORED, ORIGINAL, LocalLoss
+from .losses import LocalLoss, is_counted
 from .machine import attention_in_float32, keep_large_blocks, pick_precision
 
 N_CURVE_POINTS = 20
@@ -37,6 +37,7 @@ class Hooks:
 
     measure : metrics of the model, called `n_measurements` times over the run and at its end.
     save, load : write and read a checkpoint; `save` is called every `seconds_between_saves`.
+    log : called after every step with its number, losses, gradient norm, learning rate and, where there are any, metrics.
     """
 
     measure: Callable[[], dict[str, float]] | None = None
@@ -44,6 +45,7 @@ class Hooks:
     save: Callable[[dict[str, Any]], None] | None = None
     load: Callable[[], dict[str, Any] | None] | None = None
     seconds_between_saves: float = 60.0
+    log: Callable[[int, Mapping[str, float]], None] | None = None
 
 
 def learning_rate_at(step: int, n_steps: int, config: TrainingConfig) -> float:
@@ -79,7 +81,7 @@ def training_step(
     Micro-batches are weighted by their number of tokens, so that accumulation does not change the result.
     """
     device = next(model.parameters()).device
-    n_counted = (batch.domain == ORIGINAL if local_loss == "l1" else batch.domain != IGNORED).sum().item()
+    n_counted = is_counted(local_loss, batch.domain).sum().item()
     n_counted *= batch.inputs.shape[1]
     micro_size = len(batch.domain) // config.accumulation_steps
     totals = [0.0, 0.0]
@@ -153,11 +155,12 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         state.step, state.seconds = step + 1, time.perf_counter() - start
         is_last, is_measured = step + 1 == n_steps, (step + 1) % measure_every == 0
+        metrics = hooks.measure() if hooks.measure and (is_measured or is_last) else {}
         if (step + 1) % record_every == 0 or is_last or is_measured:
-            point = _point(state.step, tokens_per_step, losses, float(norm))
-            if hooks.measure and (is_measured or is_last):
-                point |= hooks.measure()
-            state.curve.append(point)
+            state.curve.append(_point(state.step, tokens_per_step, losses, float(norm)) | metrics)
+        if hooks.log:
+            values = {"language_loss": losses[0], "local_loss": losses[1], "gradient_norm": float(norm)}
+            hooks.log(state.step, {**values, "learning_rate": optimizer.param_groups[0]["lr"], **metrics})
         bar.update()
         bar.set_postfix_str(
             f"{(step + 1) * tokens_per_step / state.seconds:,.0f} tokens/s, loss {losses[0]:.3f}, local {losses[1]:.4f}",
