@@ -111,14 +111,12 @@ def _text(config: Any, base: str | None, details: CardDetails) -> str:
     if details.bits_per_byte or details.forgetting is not None:
         paragraphs += ["## Measured", *_measured(details)]
     if details.corpora:
-        rows = "\n".join(f"- {role}: `{spec}`" for role, spec in details.corpora.items())
-        paragraphs += ["## Text", rows]
-    targets = len(config.target_modules or ())
-    rows = [
-        *((name, getattr(config, name)) for name in OPTIONS),
-        ("extended blocks", targets or "see adapter_config.json"),
-    ]
-    paragraphs += ["## Options", "| option | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows)]
+        corpora = "\n".join(f"- {role}: `{spec}`" for role, spec in details.corpora.items())
+        paragraphs += ["## Text", corpora]
+    rows = [(option, getattr(config, option)) for option in OPTIONS]
+    rows.append(("extended blocks", len(config.target_modules or ())))
+    table = "\n".join(f"| {option} | {value} |" for option, value in rows)
+    paragraphs += ["## Options", f"| option | value |\n|---|---|\n{table}"]
     return "\n\n".join(paragraphs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -395,3 +396,18 @@ def test_batch_without_domains_is_refused_in_training(tmp_path, tokenizer):
     trainer = make_trainer("trainer", extended(), dataset_of(windows(), DOMAINS), tmp_path, tokenizer)
     with pytest.raises(ConfigError, match="column 'domain'"):
         trainer.training_step(trainer.model, {"input_ids": torch.tensor(windows()[:1])})
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_examples_of_the_page_run(small_config, tmp_path, monkeypatch):
+    page = Path(nrlib.__file__).parents[1] / "book" / "use_trainer.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nrlib, "make_config", lambda profile: small_config())
+    names: dict = {}
+    exec(code.replace("max_steps=20", "max_steps=2").replace("logging_steps=5", "logging_steps=1"), names)
+    steps = steps_of(names["trainer"])
+    assert len(steps) == 2 and steps[0]["local_loss"] == 0 < steps[1]["local_loss"]
+    assert "import nrlib" in (tmp_path / "build" / "trainer" / "README.md").read_text(encoding="utf-8")

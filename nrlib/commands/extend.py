@@ -141,7 +141,9 @@ def _card_details(record: Record) -> CardDetails:
     row = flat_records([record], readable_records())[0]
     specs = {role: row[role] for role in CORPUS_ROLES if row[role]}
     languages = {
-        spec.removeprefix("debian-docs:").partition("/")[0] for spec in specs.values() if spec.startswith("debian-docs:")
+        spec.removeprefix("debian-docs:").partition("/")[0]
+        for spec in specs.values()
+        if spec.startswith("debian-docs:")
     }
     after, before = row["bits_per_byte"], row["backbone_bits_per_byte"]
     return CardDetails(
