@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from .model_card import CardDetails, write_model_card
+from .errors import ConfigError
+from .model_card import CardDetails, hub_name, write_model_card
 from .peft_method import active_config
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ def push_to_hub(
 
     PEFT's own `model.push_to_hub` uploads the same adapters under an empty card.
 
+    Raises
+    ------
+    ConfigError
+        When the backbone is no model of the hub, so that nobody else could load the adapters.
+
     Parameters
     ----------
     tokenizer : uploaded too, if given.
@@ -34,6 +40,12 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     config = active_config(model)
+    if hub_name(config.base_model_name_or_path) is None:
+        raise ConfigError(
+            f"The backbone of these adapters is {config.base_model_name_or_path!r}, which is no name on the hub, so nobody else "
+            "could load them. Upload the backbone first (backbone.push_to_hub), and say where it is: "
+            "model.peft_config['default'].base_model_name_or_path = 'owner/backbone'."
+        )
     card = CardDetails(repository=repository, **details)
     api = HfApi(token=token)
     address = api.create_repo(repository, private=private, exist_ok=True)

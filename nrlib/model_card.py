@@ -60,14 +60,16 @@ def write_model_card(config: Any, folder: str | Path, details: CardDetails | Non
 
     details = details or CardDetails()
     path = Path(folder) / "README.md"
-    card = ModelCard.load(path) if path.exists() else ModelCard("---\n---\n")
-    base = _hub_name(config.base_model_name_or_path)
-    text = card.text
+    card = ModelCard.load(path) if path.exists() else None
+    text = card.text if card is not None else ""
+    base = hub_name(config.base_model_name_or_path)
+    loading = _loading(base, details.repository, (path.parent / BACKBONE_FOLDER).is_dir())
     if MARK in text or BLANK in text or not text.strip():
-        text = _text(config, base, details)
+        text = _text(config, base, loading, details)
     elif "import nrlib" not in text:
-        text = f"{text.rstrip()}\n\n## Loading\n\n{_loading(config, base, details.repository)}"
-    data = ModelCardData(ignore_metadata_errors=True, **_metadata(card.data.to_dict(), base, details))
+        text = f"{text.rstrip()}\n\n## Loading\n\n{loading}"
+    known = card.data.to_dict() if card is not None else {}
+    data = ModelCardData(ignore_metadata_errors=True, **_metadata(known, base, details))
     with atomic_path(path) as temporary:
         temporary.write_text(f"---\n{data}\n---\n\n{text.strip()}\n", encoding="utf-8")
 
@@ -96,7 +98,7 @@ def _metadata(known: dict[str, Any], base: str | None, details: CardDetails) -> 
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _text(config: Any, base: str | None, details: CardDetails) -> str:
+def _text(config: Any, base: str | None, loading: str, details: CardDetails) -> str:
     name = (details.repository or "").rpartition("/")[2] or "Neutral residues"
     backbone = f"[{base}](https://huggingface.co/{base})" if base else "a backbone trained or kept locally"
     paragraphs = [
@@ -106,7 +108,7 @@ def _text(config: Any, base: str | None, details: CardDetails) -> str:
         "([arXiv 2410.02744](https://arxiv.org/abs/2410.02744)): gated adapters beside its blocks, trained so that their "
         "output is near zero on text of the original domain. The backbone's own weights are unchanged.",
         "## Loading",
-        _loading(config, base, details.repository),
+        loading,
     ]
     if details.bits_per_byte or details.forgetting is not None:
         paragraphs += ["## Measured", *_measured(details)]
@@ -140,15 +142,14 @@ def _measured(details: CardDetails) -> list[str]:
     return paragraphs
 
 
-def _loading(config: Any, base: str | None, repository: str | None) -> str:
+def _loading(base: str | None, repository: str | None, has_backbone: bool) -> str:
     here = repository or "."
     where = "" if repository else "Run it in the folder of this file, or put its name in place of the dot.\n\n"
-    path = config.base_model_name_or_path or ""
     more = ""
     if base is not None:
         backbone = f'"{base}"'
-    elif Path(path).name == BACKBONE_FOLDER:  # lies beside the adapters
-        backbone = f'"{here}", subfolder="{BACKBONE_FOLDER}"'
+    elif has_backbone and repository is None:
+        backbone = f'"{BACKBONE_FOLDER}"'
     else:
         backbone, more = f'PeftConfig.from_pretrained("{here}").base_model_name_or_path', "PeftConfig, "
         where += "The backbone has no name on the hub: its folder stands in `adapter_config.json`.\n\n"
@@ -162,7 +163,7 @@ def _loading(config: Any, base: str | None, repository: str | None) -> str:
     return f"With the package `nrlib` installed:\n\n{where}```python\n{code}\n```"
 
 
-def _hub_name(base: str | None) -> str | None:
+def hub_name(base: str | None) -> str | None:
     """The backbone's name on the hub; None for a path, which means nothing on another machine."""
     if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
         return None

@@ -152,7 +152,11 @@ def test_trainer_uploads_the_same_card(model, uploads, tmp_path, monkeypatch):
     assert (data.license, data.language, data.base_model) == ("mit", "fr", "acme/base") and "mine" in data.tags
 
 
-def test_upload_of_a_model_without_adapters_is_refused(uploads):
+def test_uploads_that_nobody_could_load_are_refused(model, uploads, tmp_path):
+    for name in (None, str(tmp_path)):
+        model.peft_config["default"].base_model_name_or_path = name
+        with pytest.raises(nrlib.errors.ConfigError, match="no name on the hub"):
+            nrlib.push_to_hub(model, "me/adapters")
     with pytest.raises(nrlib.errors.ConfigError, match="no active neutral residues"):
         hub.push_to_hub(build_tiny_model(), "me/nothing")
     assert not Path(uploads).exists()
