@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from .config import PROFILES
 from .config import parameters as run_parameters
 from .errors import ConfigError, NrlibError
+from .tracking import TRACKERS
 
 if TYPE_CHECKING:
     from .records import Record
@@ -166,6 +167,9 @@ def extend(
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
     parallel: Annotated[Parallel | None, typer.Option(help=_PARALLEL_HELP, show_default=False)] = None,
+    log_to: Annotated[
+        str | None, typer.Option(metavar="TRACKER", help=f"Log every step to one of {', '.join(TRACKERS)}.")
+    ] = None,
     show_parameters: ShowParameters = False,
 ) -> None:
     """Extend a backbone to a new domain and measure what it learned and forgot.
@@ -191,7 +195,7 @@ def extend(
     }  # fmt: skip
     changes = command.merge_changes(named, split_assignments(parameter))
     with processes(parallel.value if parallel else ""):
-        report = command.extend_and_report(profile, changes, save)
+        report = command.extend_and_report(profile, changes, save, log_to)
         if is_first_process():
             typer.echo(report)
 

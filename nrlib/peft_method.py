@@ -28,6 +28,7 @@ from .architecture import (
 )
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
+from .model_card import write_model_card
 from .weights import check_fit, refuse_pickles, shapes_differ
 
 PEFT_NAME = "neutral_residues"
@@ -94,24 +95,9 @@ class NeutralResiduesConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the options, and into the model card what to import before loading them."""
+        """Write the options, and a model card that says how to load them."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        text = card.read_text(encoding="utf-8") if card.exists() else ""
-        if _CARD not in text:
-            card.write_text(text + _CARD, encoding="utf-8")
-
-
-_CARD = """
-
-## Loading
-
-These are neutral residues (https://arxiv.org/abs/2410.02744), a PEFT method of the package `nrlib`. Import it first:
-
-    import nrlib
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(backbone, "<this folder>")
-"""
+        write_model_card(self, save_directory)
 
 
 class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
@@ -291,6 +277,30 @@ def adapters_with_layers(model: nn.Module) -> list[tuple[int, GatedAdapter]]:
     if not blocks:  # adapters used without PEFT
         blocks = [(name, [m]) for name, m in modules if isinstance(m, GatedAdapter)]
     return [(_last_index(name), adapter) for name, adapters in blocks for adapter in adapters]
+
+
+def active_config(model: nn.Module) -> NeutralResiduesConfig:
+    """The options of the active adapter, which say what its local loss is.
+
+    Raises
+    ------
+    ConfigError
+        When no neutral residues are active, or several with different local losses.
+    """
+    layer = next((m for m in model.modules() if isinstance(m, NeutralResiduesLayer)), None)
+    options: dict[str, Any] = getattr(model, "peft_config", {})
+    names = [] if layer is None else [n for n in layer.active_adapters if n in layer.neutral_residues_adapters]
+    configs = [options[name] for name in names if name in options]
+    if not configs:
+        raise ConfigError(
+            f"{type(model).__name__} has no active neutral residues, so there is no local loss. Extend it with "
+            "get_peft_model(model, nrlib.NeutralResiduesConfig()), or activate the adapter with set_adapter."
+        )
+    if len({(c.local_loss, c.local_loss_weight) for c in configs}) > 1:
+        raise ConfigError(
+            f"The active adapters {', '.join(names)} have different local losses. Train one at a time: set_adapter."
+        )
+    return configs[0]
 
 
 def _last_index(name: str) -> int:
