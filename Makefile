@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+# The contract with PEFT and transformers: every family, method and placement.
+MATRIX := $(addprefix tests/test_,peft_method.py families.py quantised.py weights.py hub.py)
 
 # The same bytes on every machine, whatever its locale; no question asked, no window opened.
 export PYTHONUTF8 := 1
@@ -21,7 +24,7 @@ PROFILE_debian-docs := laptop
 PROFILE_synthetic := smoke
 PROFILE := $(PROFILE_$(CORPUS))
 
-.PHONY: help venv book test fast lint reproduce bench constraints clean
+.PHONY: help venv book test fast matrix lint reproduce bench constraints clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -61,6 +64,15 @@ test: lint  ## all checks and tests, with every notebook and a strict build of t
 
 fast: $(INSTALLED)  ## the tests that take less than a minute altogether
 	@$(RUN) pytest -m 'not slow'
+
+matrix: $(OLDEST)/.installed  ## all model families on the oldest supported PEFT and transformers
+	@$(OLDEST)/bin/python -m pytest $(MATRIX)
+
+$(OLDEST)/.installed: $(INSTALLED) constraints-oldest.txt
+	@$(RUN) venv --clear $(OLDEST)
+	@echo 'Installing the oldest supported versions (the first time takes minutes)'
+	@$(OLDEST)/bin/python -m pip install --quiet -e '.[quantised]' pytest -c constraints-oldest.txt
+	@touch $@
 
 lint: $(INSTALLED)  ## style, types, spelling, stripped notebooks
 	@$(RUN) ruff check

@@ -7,6 +7,8 @@ from .adapter import GatedAdapter
 from .config import RunConfig, make_config
 from .losses import IGNORED, NEW, ORIGINAL, LocalLoss
 from .peft_method import NeutralResiduesConfig, NeutralResiduesLayer, NeutralResiduesModel
+from .trainer import LocalLossMixin
+from .upload import push_to_hub
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,9 +17,11 @@ __all__ = [
     "ORIGINAL",
     "GatedAdapter",
     "LocalLoss",
+    "LocalLossMixin",
     "NeutralResiduesConfig",
     "NeutralResiduesLayer",
     "NeutralResiduesModel",
     "RunConfig",
     "make_config",
+    "push_to_hub",
 ]

@@ -110,7 +110,10 @@ def model_width(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None)
     if width is None:
-        raise BackboneError(f"{type(model).__name__} has no config.hidden_size, so the adapter's width D is unknown.")
+        raise BackboneError(
+            f"{type(model).__name__} has no config.hidden_size, so the width D of its hidden states is "
+            "unknown. A model of your own says it so: model.config = transformers.PretrainedConfig(hidden_size=D)."
+        )
     return int(width)
 
 
@@ -145,7 +148,13 @@ def select_layers(layers: str, n_layers: int) -> list[int]:
 
 def count_weights(model: nn.Module) -> int:
     """All weights of the model, embeddings included, tied ones once, adapters left out."""
-    return sum(p.numel() for name, p in model.named_parameters() if "neutral_residues_" not in name)
+    return sum(n_weights(p) for name, p in model.named_parameters() if "neutral_residues_" not in name)
+
+
+def n_weights(parameter: nn.Parameter) -> int:
+    """The weights a parameter stands for: its elements, but where bitsandbytes packs two weights of 4 bits into one."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_gate: bool) -> int:

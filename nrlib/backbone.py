@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,14 @@ import torch
 from .batches import MixedBatches
 from .config import RunConfig, TrainingConfig
 from .distributed import first_process_first, is_first_process, shards_models
-from .errors import BackboneError, ConfigError
+from .errors import BackboneError, ConfigError, WeightsError
+from .hub import find, why_not_loaded
 from .losses import ORIGINAL
 from .machine import pick_device, seeded
 from .storage import atomic_directory, atomic_path, cache_directory, fingerprint
 from .texts import PreparedText
 from .training import Hooks, train
+from .weights import check_fit, shapes_differ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,12 +42,23 @@ def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -
         if not folder.exists():
             _pretrain(config, text, folder, progress)
         model = load_backbone(str(folder))
-    # A model that one device may be too small for stays in main memory until it is sharded.
-    return (model if shards_models() else model.to(pick_device())).eval()
+    # A model that one device may be too small for stays in main memory until it is sharded, and a quantised one is where
+    # its library needs it.
+    if not shards_models() and getattr(model, "hf_quantizer", None) is None:
+        model = model.to(pick_device())
+    return model.eval()
 
 
 def load_backbone(name: str) -> PreTrainedModel:
-    """A causal language model from a local folder or the hub, checked for causality."""
+    """A causal language model from a local folder or the hub.
+
+    Raises
+    ------
+    BackboneError
+        When it cannot be had, or lets a token see the tokens after it.
+    WeightsError
+        When its weights are no safetensors, or do not fit the model its configuration describes.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -54,14 +66,49 @@ def load_backbone(name: str) -> PreTrainedModel:
     if Path(name).exists():  # one bar for each run of a sweep says nothing; a download's bar does
         logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # AdamW needs full-precision weights
+        model, report = AutoModelForCausalLM.from_pretrained(
+            find(name),
+            dtype=torch.float32,  # AdamW needs full-precision weights
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and raised below
+            output_loading_info=True,
+        )
     except Exception as error:  # hub errors come in a dozen classes
-        raise BackboneError(_why_not_loaded(name, error)) from error
+        if "safetensors" in str(error):
+            raise WeightsError(_not_safetensors(name)) from error
+        raise BackboneError(why_not_loaded("causal language model", name, error)) from error
     finally:
         if had_progress_bar:
             logging.enable_progress_bar()
+    _check_weights(model, name, report)
     check_is_causal(model, name)
     return model
+
+
+def _not_safetensors(name: str) -> str:
+    return (
+        f"{name!r} has no weights in safetensors; a pickle (pytorch_model.bin), which can run any code when it is read, is "
+        "not loaded. If you trust it, convert it once: AutoModelForCausalLM.from_pretrained(name)"
+        ".save_pretrained(folder), and the same for its tokenizer; then give the folder."
+    )
+
+
+def _check_weights(model: PreTrainedModel, name: str, report: dict[str, Any]) -> None:
+    """Raise WeightsError for what would otherwise stay random. Weights without a place (another task's head) may be there."""
+    weights = model.state_dict()
+    mismatched = [  # transformers 4 gives the names alone
+        shapes_differ(key, None, weights[key].shape) if isinstance(key, str) else shapes_differ(*key)
+        for key in report["mismatched_keys"]
+    ]
+    if report["missing_keys"] or mismatched:
+        check_fit(
+            repr(name),
+            type(model).__name__,
+            missing=report["missing_keys"],
+            unexpected=report["unexpected_keys"],
+            mismatched=mismatched,
+            remedy="Check that config.json and the weights come from the same model.",
+        )
 
 
 @torch.no_grad()
@@ -130,11 +177,11 @@ def backbone_shape(config: RunConfig) -> PreTrainedModel:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     try:
-        shape = AutoConfig.from_pretrained(b.backbone_name)
+        shape = AutoConfig.from_pretrained(find(b.backbone_name))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape)
     except Exception as error:
-        raise BackboneError(_why_not_loaded(b.backbone_name, error)) from error
+        raise BackboneError(why_not_loaded("causal language model", b.backbone_name, error)) from error
     # Masked models load as causal ones and see the future all the same. The test proper needs weights: `check_is_causal`.
     if shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False):
         raise BackboneError(_not_causal(model, b.backbone_name, "is a masked language model"))
@@ -208,14 +255,3 @@ def checkpoint_hooks(name: str, made_from: str = "", **hooks: Any) -> Hooks:
 def delete_checkpoint(name: str) -> None:
     """Remove the checkpoint of a finished run."""
     _checkpoint_path(name).unlink(missing_ok=True)
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}"
-    if "gated" in text.lower() or re.search(r"\b40[13] Client Error", text):
-        remedy = f"The model is gated: accept its licence on its hub page and log in with `hf auth login`, then retry {name!r}."
-    elif Path(name).exists():
-        remedy = "The folder exists, but holds no causal language model that transformers can load."
-    else:
-        remedy = "Check the name, the network connection, or give a local folder written by save_pretrained()."
-    return f"The backbone {name!r} could not be loaded. {remedy} ({text.splitlines()[0][:300]})"

@@ -154,6 +154,11 @@ def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
     generated = stage / "book" / "_generated"
     generated.mkdir()
     (generated / "parameters.md").write_text(parameters_table(), encoding="utf-8")
+    if (source / "book" / "use_plan.md").exists():
+        from .plan_tables import comparison_page, paper_pages
+
+        for name, text in {**paper_pages(), "plan-check.md": comparison_page()}.items():
+            (generated / name).write_text(text, encoding="utf-8")
     for name, figures in SHARED_FIGURES.items():
         if name in executed:
             for figure in figures:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from .config import parameters as run_parameters
 from .errors import ConfigError, NrlibError
 from .profiles import PRESETS, PROFILES
+from .tracking import TRACKERS
 
 if TYPE_CHECKING:
     from .records import Record
@@ -167,6 +168,9 @@ def extend(
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
     parallel: Annotated[Parallel | None, typer.Option(help=_PARALLEL_HELP, show_default=False)] = None,
+    log_to: Annotated[
+        str | None, typer.Option(metavar="TRACKER", help=f"Log every step to one of {', '.join(TRACKERS)}.")
+    ] = None,
     show_parameters: ShowParameters = False,
 ) -> None:
     """Extend a backbone to a new domain and measure what it learned and forgot.
@@ -192,7 +196,7 @@ def extend(
     }  # fmt: skip
     changes = command.preset_values(preset) | command.merge_changes(named, split_assignments(parameter))
     with processes(parallel.value if parallel else ""):
-        report = command.extend_and_report(profile, changes, save)
+        report = command.extend_and_report(profile, changes, save, log_to)
         if is_first_process():
             typer.echo(report)
 
@@ -246,6 +250,36 @@ def evaluate(
             typer.echo(json.dumps(row.to_dict(), ensure_ascii=False))
     else:
         typer.echo(command.format_table(rows))
+
+
+@app.command()
+def plan(
+    backbone: Annotated[
+        str | None, typer.Option(help="Hub name, local folder, or config.json of a causal language model.")
+    ] = None,
+    n_tokens: Annotated[int | None, _help("n_tokens")] = None,
+    method: Annotated[list[str], typer.Option(help="One method; may be repeated. Default: all.")] = [],  # noqa: B006
+    hardware: Annotated[
+        str, typer.Option(help="h200, h100, a100, rtx4090, cpu, or 'tflops=…,memory=…GB,utilisation=…,bandwidth=…GB'.")
+    ] = "h100",
+    parameter: Assignments = [],  # noqa: B006  (typer copies it)
+    profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "paper",
+    format: Annotated[Format, typer.Option(help="json: one object.")] = Format.table,
+) -> None:
+    """Say what a run would cost: adapter widths, weights, memory by part, arithmetic, hours.
+
+    Nothing is downloaded or trained; all methods stand side by side at the same budget.
+
+    \b
+    Examples:  nrlib plan --profile paper
+               nrlib plan --backbone path/to/config.json -p n_tokens=1000000000 --hardware a100
+               nrlib plan --profile gpu --method neutral_residues --hardware 'h100,utilisation=0.5'
+    """
+    from .commands import plan as command
+    from .commands.extend import merge_changes
+
+    changes = merge_changes({"backbone_name": backbone, "n_tokens": n_tokens}, split_assignments(parameter))
+    typer.echo(command.plan_and_report(profile, changes, hardware, method, as_json=format is Format.json))
 
 
 @app.command()

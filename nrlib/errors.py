@@ -19,6 +19,14 @@ class BackboneError(NrlibError):
     """A backbone cannot be loaded or is of the wrong kind."""
 
 
+class WeightsError(NrlibError, RuntimeError):
+    """Saved weights are of a format that is not loaded, or do not fit the model."""
+
+
+class MemoryShortageError(NrlibError, MemoryError):
+    """The machine, or its accelerator, has too little memory for what was asked."""
+
+
 class RecordError(NrlibError):
     """A stored record cannot be used."""
 

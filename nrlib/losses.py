@@ -24,6 +24,11 @@ from .peft_method import active_adapters, adapters_with_layers
 ORIGINAL, NEW, IGNORED = 0, 1, -1  # domain of a token; IGNORED is padding
 
 
+def is_counted(kind: str, domain: Tensor) -> Tensor:
+    """Which tokens or sequences enter a local loss: the original domain's, or for domain_cross_entropy all of them."""
+    return domain == ORIGINAL if kind == "l1" else domain != IGNORED
+
+
 class LocalLoss:
     """Collects the local loss of every active adapter during one forward pass.
 
@@ -95,26 +100,27 @@ class LocalLoss:
         return total / count.clamp(min=1)
 
     def _add_l1(self, adapter: nn.Module, inputs: tuple[Tensor, ...], residue: Tensor) -> None:
-        is_original = (_per_token(self.domain, residue) == ORIGINAL).float()
+        counts = is_counted("l1", _per_token(self.domain, residue)).float()
         per_token = residue.float().abs().mean(dim=-1)  # ||residue||_1 / D, (B, T)
-        self._keep(adapter, (per_token * is_original).sum(), is_original.sum())
+        self._keep(adapter, (per_token * counts).sum(), counts.sum())
 
     def _add_cross_entropy(self, block_gate: nn.Module, inputs: tuple[Tensor, ...], score: Tensor) -> None:
         domain = _per_token(self.domain, score)
-        counts = (domain != IGNORED).float()
+        counts = is_counted("domain_cross_entropy", domain).float()
         is_new = (domain == NEW).float()
         per_token = F.binary_cross_entropy_with_logits(score.float().squeeze(-1), is_new, reduction="none")
         self._keep(block_gate, (per_token * counts).sum(), counts.sum())
 
     def _keep(self, module: nn.Module, total: Tensor, count: Tensor) -> None:
+        if module in self._sums:
+            return  # a recomputation repeats the work (checkpointing compares the operations) but adds nothing
         if module.training and not torch.is_grad_enabled():
             raise RuntimeError(
                 "The local loss was collected in training without gradients, as reentrant activation checkpointing does. "
                 "Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
-        # A recomputation of the same layer repeats the work (checkpointing compares the operations) but adds nothing.
-        self._sums.setdefault(module, total)
-        self._counts.setdefault(module, count)
+        self._sums[module] = total
+        self._counts[module] = count
 
 
 class GateStatistics:

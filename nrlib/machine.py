@@ -6,15 +6,19 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import resource
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 import torch
+
+from .errors import MemoryShortageError
 
 # glibc's mallopt parameters, from malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -103,6 +107,18 @@ def attention_in_float32(device: torch.device, dtype: torch.dtype) -> Iterator[N
                 del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
+@contextmanager
+def keep_attention_precision() -> Iterator[None]:
+    """Inside, `attention_in_float32` changes nothing: for a plan, which follows an accelerator's step on a processor."""
+    with _FLOAT32_ATTENTION_LOCK:
+        _FLOAT32_ATTENTION["n_users"] += 1  # as if another one had seen to it
+    try:
+        yield
+    finally:
+        with _FLOAT32_ATTENTION_LOCK:
+            _FLOAT32_ATTENTION["n_users"] -= 1
+
+
 def _replace_sdpa(registry: Any) -> None:
     fused = registry["sdpa"]
 
@@ -135,6 +151,33 @@ def peak_memory_mb(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) / 1e6)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak / 1e6 if sys.platform == "darwin" else peak / 1e3)
+
+
+@contextmanager
+def explained_shortage(batch_size: int, context_length: int, accumulation_steps: int = 1) -> Iterator[None]:
+    """Inside, running out of memory becomes a MemoryShortageError that says what to lower.
+
+    The tensors that filled the memory are let go, so that the next run of a sweep can have it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise MemoryShortageError(
+            f"Out of memory with batch_size = {batch_size} sequences in {accumulation_steps} part(s) of context_length = "
+            f"{context_length} tokens. In this order: give a larger accumulation_steps (the same result, "
+            "batch_size / accumulation_steps sequences in memory at a time), a smaller context_length or batch_size, a "
+            f"smaller extra_ratio or backbone, or a device with more memory. [{words[0][:200]}]"
+        ) from error
+
+
+def _is_shortage(error: Exception) -> bool:
+    # The processor's allocator raises a plain RuntimeError, and so do the libraries behind an accelerator.
+    is_by_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_by_type or re.search("can't allocate memory|out of memory|alloc_failed", str(error), re.I) is not None
 
 
 def package_versions() -> dict[str, str]:

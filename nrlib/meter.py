@@ -23,6 +23,14 @@ class Reading:
     def __str__(self) -> str:
         return f"loss {self.language_loss:.3f}, local {self.local_loss:.4f}"
 
+    def values(self) -> dict[str, float]:
+        """The three numbers by name."""
+        return {
+            "language_loss": self.language_loss,
+            "local_loss": self.local_loss,
+            "gradient_norm": self.gradient_norm,
+        }
+
     def as_point(self) -> dict[str, float]:
         """The three numbers as they stand in a learning curve."""
         return {

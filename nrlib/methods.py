@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from .architecture import count_weights
+from .architecture import count_weights, n_weights
 from .config import MethodConfig
 from .errors import ConfigError
 from .machine import seeded
@@ -24,7 +24,20 @@ if TYPE_CHECKING:
 
 
 def fine_tuning(backbone: PreTrainedModel, config: MethodConfig) -> nn.Module:
-    """Train every weight of the backbone."""
+    """Train every weight of the backbone.
+
+    Raises
+    ------
+    ConfigError
+        For a quantised backbone.
+    """
+    quantiser = getattr(backbone, "hf_quantizer", None)
+    if quantiser is not None:
+        raise ConfigError(
+            f"method = 'fine_tuning' changes every weight, but those of this backbone are quantised "
+            f"({type(quantiser).__name__}) and cannot be trained. Choose lora, vanilla_adapter or neutral_residues, which "
+            "leave the backbone as it is, or load it without a quantization_config."
+        )
     return backbone.requires_grad_(True)
 
 
@@ -119,4 +132,4 @@ def apply_method(backbone: PreTrainedModel, config: MethodConfig, seed: int) -> 
 
 def count_extra_weights(model: nn.Module, n_backbone_weights: int) -> int:
     """Weights the method added to the backbone's `n_backbone_weights`."""
-    return sum(p.numel() for p in model.parameters()) - n_backbone_weights
+    return sum(n_weights(p) for p in model.parameters()) - n_backbone_weights

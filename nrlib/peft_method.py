@@ -28,6 +28,8 @@ from .architecture import (
 )
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
+from .model_card import write_model_card
+from .weights import check_fit, refuse_pickles, shapes_differ
 
 PEFT_NAME = "neutral_residues"
 _FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}
@@ -64,7 +66,7 @@ class NeutralResiduesConfig(PeftConfig):
     width: int | None = field(
         default=None, metadata={"help": "adapter width H; None: as wide as extra_ratio allows, filled in at injection"}
     )
-    target_modules: list[str] | None = field(
+    target_modules: list[str] | tuple[str, ...] | None = field(
         default=None, metadata={"help": "full names of the wrapped blocks; None: found from site and layers"}
     )
 
@@ -86,25 +88,16 @@ class NeutralResiduesConfig(PeftConfig):
                 "Choose gate = 'sigmoid' (the paper's pairing), or local_loss = 'l1' or 'none'."
             )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the options; PEFT does so first, so that a pickle beside them is refused before it is opened."""
+        refuse_pickles(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the options, and into the model card what to import before loading them."""
+        """Write the options, and a model card that says how to load them."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        text = card.read_text(encoding="utf-8") if card.exists() else ""
-        if _CARD not in text:
-            card.write_text(text + _CARD, encoding="utf-8")
-
-
-_CARD = """
-
-## Loading
-
-These are neutral residues (https://arxiv.org/abs/2410.02744), a PEFT method of the package `nrlib`. Import it first:
-
-    import nrlib
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(backbone, "<this folder>")
-"""
+        write_model_card(self, save_directory)
 
 
 class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
@@ -121,6 +114,14 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.neutral_residues_adapters = nn.ModuleDict()
         self.neutral_residues_positions: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # copied or unpickled, and not filled yet
+                raise
+            return getattr(self.base_layer, name)  # some decoder layers ask their block what it is (Gemma 3, OLMoE)
 
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
         """Add an adapter, on the device of the block."""
@@ -193,6 +194,10 @@ class NeutralResiduesModel(BaseTuner):
             filled_in["width"] = width_for_budget(self.model, peft_config.extra_ratio, len(targets), has_gate)
         for name, value in filled_in.items():
             setattr(peft_config, name, value)
+        # From 20 names on, PEFT abbreviates a list or set of them to endings; a tuple it leaves alone.
+        peft_config.target_modules = tuple(targets)
+        if "target_modules" in filled_in:
+            filled_in["target_modules"] = peft_config.target_modules
         peft_config._filled_in = filled_in
         return peft_config
 
@@ -232,6 +237,30 @@ class NeutralResiduesModel(BaseTuner):
         # PEFT's default looks for the name in the last two parts only; an adapter here is a module with parts.
         return key.replace(f"neutral_residues_adapters.{adapter_name}.", "neutral_residues_adapters.")
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        # Everything PEFT loads passes here. It warns of missing weights at most, and says nothing of unknown ones.
+        given = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        part = f"neutral_residues_adapters.{adapter_name}."
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if part in name}
+        found = {name: tuple(value.shape) for name, value in given.items()}
+        known = {f"{start}{name}" for name in model.state_dict() for start in ("", "base_model.model.")}
+        check_fit(
+            f"the adapter {adapter_name!r}",
+            f"{type(model).__name__} with width = {config.width} in {len(config.target_modules)} blocks",
+            missing=expected.keys() - found.keys(),
+            unexpected=found.keys() - known,  # saved embeddings, for one, are known
+            mismatched=[
+                shapes_differ(name, found[name], shape)
+                for name, shape in expected.items()
+                if found.get(name, shape) != shape
+            ],
+            remedy="Load them with the adapter_config.json they were saved with, into the backbone they were trained on.",
+        )
+        return given
+
 
 register_peft_method(name=PEFT_NAME, config_cls=NeutralResiduesConfig, model_cls=NeutralResiduesModel)
 
@@ -248,6 +277,30 @@ def adapters_with_layers(model: nn.Module) -> list[tuple[int, GatedAdapter]]:
     if not blocks:  # adapters used without PEFT
         blocks = [(name, [m]) for name, m in modules if isinstance(m, GatedAdapter)]
     return [(_last_index(name), adapter) for name, adapters in blocks for adapter in adapters]
+
+
+def active_config(model: nn.Module) -> NeutralResiduesConfig:
+    """The options of the active adapter, which say what its local loss is.
+
+    Raises
+    ------
+    ConfigError
+        When no neutral residues are active, or several with different local losses.
+    """
+    layer = next((m for m in model.modules() if isinstance(m, NeutralResiduesLayer)), None)
+    options: dict[str, Any] = getattr(model, "peft_config", {})
+    names = [] if layer is None else [n for n in layer.active_adapters if n in layer.neutral_residues_adapters]
+    configs = [options[name] for name in names if name in options]
+    if not configs:
+        raise ConfigError(
+            f"{type(model).__name__} has no active neutral residues, so there is no local loss. Extend it with "
+            "get_peft_model(model, nrlib.NeutralResiduesConfig()), or activate the adapter with set_adapter."
+        )
+    if len({(c.local_loss, c.local_loss_weight) for c in configs}) > 1:
+        raise ConfigError(
+            f"The active adapters {', '.join(names)} have different local losses. Train one at a time: set_adapter."
+        )
+    return configs[0]
 
 
 def _last_index(name: str) -> int:

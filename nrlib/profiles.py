@@ -86,8 +86,9 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "original": "hub:HuggingFaceFW/fineweb-edu:sample-10BT", "proxy": "hub:wikimedia/wikipedia:20231101.en",
-        "new_domain": "hub:HuggingFaceFW/fineweb-2:fra_Latn", "unseen_original": "hub:HuggingFaceFW/fineweb-edu:sample-10BT",
-        "backbone_name": "google/gemma-2b", "context_length": 4096, "batch_size": 64, "n_tokens": 25_000_000_000,
+        "new_domain": "hub:HuggingFaceFW/fineweb-2:fra_Latn", "unseen_original": "hub:common-pile/pubmed_filtered",
+        "backbone_name": "google/gemma-2b", "context_length": 4096, "batch_size": 64, "accumulation_steps": 64,
+        "n_tokens": 25_000_000_000,
         "learning_rate": 1e-4, "n_evaluation_bytes": 4_000_000,
     },
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .distributed import (
 )
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
+from .machine import explained_shortage
 from .methods import apply_method, count_extra_weights, rival
 from .penalties import Penalty, kl_penalty, per_step
 from .records import (
@@ -41,14 +42,16 @@ from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
 from .tokenization import load_tokenizer
 from .training import TrainingState, train
 
+Log = Callable[[int, Mapping[str, float]], None]
 
-def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:
-    """The stored record of `config`, or a new run of it."""
+
+def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True, log: Log | None = None) -> Record:
+    """The stored record of `config`, or a new run of it, whose steps are given to `log` (see `training.Hooks`)."""
     record = stored_record(config)
     if record is None:
         if is_publishing():
             check_clean_tree()
-        record, _ = run_and_keep(config, notebook=notebook, progress=progress)
+        record, _ = run_and_keep(config, notebook=notebook, progress=progress, log=log)
         if is_first_process():
             record = keep_record(record)
             delete_checkpoint(config.run_id)
@@ -111,7 +114,9 @@ def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Reco
     return record
 
 
-def run_and_keep(config: RunConfig, *, notebook: str = "", progress: bool = True) -> tuple[Record, nn.Module]:
+def run_and_keep(
+    config: RunConfig, *, notebook: str = "", progress: bool = True, log: Log | None = None
+) -> tuple[Record, nn.Module]:
     """Train and measure; returns the trained model too. The caller deletes the checkpoint when the result is safe."""
     git_at_start = git_state()
     check_run(config)
@@ -120,7 +125,7 @@ def run_and_keep(config: RunConfig, *, notebook: str = "", progress: bool = True
     make_batches(config, text)  # text that is too short costs no backbone
     backbone = get_backbone(config, text, progress)
     n_backbone = count_weights(backbone)
-    model, state = extend(config, text, backbone, progress)
+    model, state = extend(config, text, backbone, progress, log)
     before = backbone_metrics(config, text)
     names = (*TEST_SETS, *VALIDATION_SETS)
     after, statistics = evaluate(model, text.held_out, names, config.training.context_length)
@@ -164,7 +169,7 @@ def make_batches(config: RunConfig, text: PreparedText) -> MixedBatches:
 
 
 def extend(
-    config: RunConfig, text: PreparedText, backbone: nn.Module, progress: bool = True
+    config: RunConfig, text: PreparedText, backbone: nn.Module, progress: bool = True, log: Log | None = None
 ) -> tuple[nn.Module, TrainingState]:
     """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
     c, method = config.training, config.method
@@ -176,17 +181,18 @@ def extend(
         values, _ = evaluate(model, text.held_out, VALIDATION_SETS, c.context_length)
         return {f"bits_per_byte_{name}": value for name, value in _rounded(values).items()}
 
-    state = train(
-        model,
-        batches,
-        c,
-        local_loss=method.local_loss,
-        local_loss_weight=method.local_loss_weight,
-        penalty=_make_penalty(config, text, model),
-        hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure),
-        description=config.run_id,
-        progress=progress,
-    )
+    with explained_shortage(c.batch_size, c.context_length, c.accumulation_steps):
+        state = train(
+            model,
+            batches,
+            c,
+            local_loss=method.local_loss,
+            local_loss_weight=method.local_loss_weight,
+            penalty=_make_penalty(config, text, model),
+            hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure, log=log),
+            description=config.run_id,
+            progress=progress,
+        )
     if finish := getattr(rival(method.method), "finish", None):
         finish(model, get_backbone(config, text, progress=False), method)
     return model, state

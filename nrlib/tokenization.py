@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .corpora.documents import Document
 from .errors import BackboneError, CorpusError
+from .hub import find, why_not_loaded
 from .storage import atomic_directory, cache_directory, fingerprint
 
 if TYPE_CHECKING:
@@ -67,14 +68,14 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(find(folder))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up, where only the model is there
             raise ValueError("its vocabulary is empty")
     except Exception as error:  # a dozen classes, as for models
-        raise BackboneError(
-            f"The tokenizer of {str(folder)!r} could not be loaded. A backbone needs its tokenizer beside it: save it "
-            f"into the same folder with tokenizer.save_pretrained(). ({type(error).__name__}: {str(error).strip()[:300]})"
-        ) from error
+        message = why_not_loaded("tokenizer", str(folder), error)
+        if Path(folder).exists():
+            message += " A backbone needs its tokenizer beside it: save it there with tokenizer.save_pretrained()."
+        raise BackboneError(message) from error
     if tokenizer.eos_token_id is None:
         raise BackboneError(
             f"The tokenizer of {str(folder)!r} has no end-of-text token, which stands between documents. Set one: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from .distributed import (
     without_sync,
 )
 from .language_loss import cross_entropy_and_logits, find_head
-from .losses import IGNORED, ORIGINAL, LocalLoss
+from .losses import ORIGINAL, LocalLoss, is_counted
 from .machine import attention_in_float32, keep_large_blocks, pick_precision
 from .meter import Meter
 from .penalties import Penalty
@@ -53,6 +53,7 @@ class Hooks:
 
     measure : metrics of the model, called `n_measurements` times over the run and at its end.
     save, load : write and read a checkpoint; `save` is called every `seconds_between_saves`.
+    log : called after every step with its number, losses, gradient norm, learning rate and, where there are any, metrics.
     """
 
     measure: Callable[[], dict[str, float]] | None = None
@@ -60,6 +61,7 @@ class Hooks:
     save: Callable[[dict[str, Any]], None] | None = None
     load: Callable[[], dict[str, Any] | None] | None = None
     seconds_between_saves: float = 60.0
+    log: Callable[[int, Mapping[str, float]], None] | None = None
 
 
 def learning_rate_at(step: int, n_steps: int, config: TrainingConfig) -> float:
@@ -106,7 +108,7 @@ def training_step(
     head : output layer to compute the language-model loss in (see `nrlib.language_loss`).
     """
     forward, device = forward or model, next(model.parameters()).device
-    n_counted = (batch.domain == ORIGINAL if local_loss == "l1" else batch.domain != IGNORED).sum().item()
+    n_counted = is_counted(local_loss, batch.domain).sum().item()
     n_counted *= batch.inputs.shape[1]
     n_original = int((batch.domain == ORIGINAL).sum()) * batch.inputs.shape[1]
     n_sequences = len(batch.domain)
@@ -207,11 +209,13 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step, state.seconds = step + 1, time.perf_counter() - start
-        if reading is not None and is_point:
-            point = {"step": state.step, "n_tokens": state.step * tokens_per_step, **reading.as_point()}
-            if hooks.measure and (is_measured or is_last):
-                point |= hooks.measure()
-            state.curve.append(point)
+        if reading is not None:
+            metrics = hooks.measure() if hooks.measure and (is_measured or is_last) else {}
+            if is_point:
+                point = {"step": state.step, "n_tokens": state.step * tokens_per_step, **reading.as_point()}
+                state.curve.append(point | metrics)
+            if hooks.log and is_first_process():
+                hooks.log(state.step, {**reading.values(), "learning_rate": optimizer.param_groups[0]["lr"], **metrics})
         bar.update()
         if reading is None:
             continue

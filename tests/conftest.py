@@ -38,7 +38,13 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoX", HEADS),
     "opt": (
         "OPT",
-        {"num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 128},
+        {
+            "num_attention_heads": 2,
+            "ffn_dim": 32,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 128,
+            "init_std": 0.3,
+        },
     ),
     "falcon": ("Falcon", {"num_attention_heads": 2}),
     "stablelm": ("StableLm", SHARED_HEADS),

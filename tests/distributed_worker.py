@@ -16,11 +16,12 @@ from conftest import build_tiny_model
 
 from nrlib import training
 from nrlib.batches import MixedBatches, TokenStream
-from nrlib.config import METHODS, MethodConfig, TrainingConfig
+from nrlib.config import MethodConfig, TrainingConfig
 from nrlib.distributed import is_first_process, n_processes, processes, shard, whole_weights
 from nrlib.language_loss import find_head
 from nrlib.meter import Meter
 from nrlib.methods import apply_method
+from nrlib.profiles import METHODS
 from nrlib.training import Hooks, train
 
 N_STEPS, SAVED_AT = 10, 5

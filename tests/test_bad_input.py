@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from nrlib import runs, storage, texts
 from nrlib import sweep as sweeping
 from nrlib.backbone import check_is_causal, checkpoint_hooks, load_backbone
 from nrlib.config import make_config
-from nrlib.errors import BackboneError, ConfigError, CorpusError, NrlibError, StorageError
+from nrlib.errors import BackboneError, ConfigError, CorpusError, MemoryShortageError, NrlibError, StorageError
+from nrlib.machine import explained_shortage
 from nrlib.runs import run_or_load
 from nrlib.storage import atomic_directory, atomic_path, cache_directory
 from nrlib.sweep import sweep
@@ -88,7 +90,7 @@ CASES = [
     ({"n_heads": 3}, ConfigError, ("n_heads = 3", "d_model = 32")),
     ({"d_model": 30}, ConfigError, ("n_heads = 2", "d_model = 30")),
     ({"backbone_name": "/no/such/folder"}, BackboneError, ("/no/such/folder", "save_pretrained")),
-    ({"backbone_name": "no-such/model"}, BackboneError, ("no-such/model", "Check the name")),
+    ({"backbone_name": "no-such/model"}, BackboneError, ("no-such/model", "cannot be reached", "HF_HUB_OFFLINE", "local folder")),
 ]  # fmt: skip
 
 
@@ -291,3 +293,41 @@ def test_a_run_whose_record_cannot_be_written_can_be_made_again(small_config, mo
     assert not list((cache_directory() / "records").glob(f"*{config.run_id}*"))
     monkeypatch.undo()
     assert run_or_load(config, progress=False).run_config == config
+
+
+# --- too little memory ------------------------------------------------------------------------------------------------
+
+
+def ask_for_too_much():
+    torch.empty(2**60, dtype=torch.uint8)  # more than any machine has: the allocator itself says so
+
+
+def raise_on_an_accelerator():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore words.")
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fill", [ask_for_too_much, raise_on_an_accelerator, raise_memory_error])
+def test_out_of_memory_in_training_says_what_to_lower(fill, small_config, monkeypatch):
+    held = []
+
+    def train(*_, **__):
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        fill()
+
+    monkeypatch.setattr(runs, "train", train)
+    with pytest.raises(MemoryShortageError) as caught:
+        run_or_load(small_config(seed=52, accumulation_steps=2), progress=False)
+    words = ("batch_size = 4", "accumulation_steps", "context_length = 32", "extra_ratio", "in 2 part(s)")
+    check(caught.value, MemoryShortageError, words)
+    assert held[0]() is None  # nothing keeps the memory while the error is kept
+
+
+def test_other_errors_in_training_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes") as caught, explained_shortage(4, 32):
+        raise RuntimeError("shapes cannot be multiplied")
+    assert not isinstance(caught.value, NrlibError)

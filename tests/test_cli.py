@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from nrlib.errors import ConfigError
 from nrlib.records import Record, save_record
 from nrlib.runs import run_or_load
 
-COMMANDS = ("run", "extend", "records", "corpora", "bench", "doctor", "reproduce", "evaluate")
+COMMANDS = ("run", "extend", "plan", "records", "corpora", "bench", "doctor", "reproduce", "evaluate")
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +279,16 @@ def test_extend_saves_a_model_that_loads_with_the_measured_logits(tmp_path, monk
         assert not torch.equal(loaded(tokens).logits, plain)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(tokens).logits, kept["model"](tokens).logits)
+    if method == "neutral_residues":
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        row = json.loads(record.read_text(encoding="utf-8"))["results"]
+        assert f"{row['forgetting']['unseen_original']:.2%}" in card and "`synthetic:borealic`" in card
+        assert f" {row['backbone_bits_per_byte']['new']:.3f} | {row['bits_per_byte']['new']:.3f} |" in card
+        monkeypatch.chdir(folder.rename(tmp_path / "moved"))
+        names: dict = {}
+        exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], names)
+        with torch.no_grad():
+            torch.testing.assert_close(names["model"].eval()(tokens).logits, kept["model"](tokens).logits)
 
 
 # --- records, corpora, bench, doctor ----------------------------------------------------------------------------------

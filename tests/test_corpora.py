@@ -205,6 +205,7 @@ def hub(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, __version__="stand-in")
     )
+    monkeypatch.setattr(hub_datasets, "is_reachable", lambda: True)
     return state
 
 

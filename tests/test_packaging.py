@@ -62,6 +62,16 @@ def test_every_direct_dependency_is_pinned_within_its_range(python: str) -> None
         assert Version(version) in requirement.specifier, f"{requirement} does not allow the pinned {version}"
 
 
+def test_the_oldest_versions_tried_are_the_lower_ends_of_the_ranges() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"peft", "transformers"} <= pinned.keys()
+    assert pinned.pop("torch") == pins(PYTHONS[0])["torch"]
+    floors = {r.name: specifier.version for r in direct_requirements() for specifier in r.specifier if specifier.operator == ">="}  # fmt: skip
+    for name, version in pinned.items():
+        assert Version(version) == Version(floors[name]), name
+
+
 def test_conda_environment_is_the_pip_installation() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
@@ -104,6 +114,6 @@ def test_continuous_integration_runs_the_tests() -> None:
 
 
 def test_no_path_or_host_of_one_machine() -> None:
-    for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile"):
+    for name in ("pyproject.toml", "constraints.txt", "constraints-oldest.txt", "environment.yml", "Makefile"):
         text = Path(ROOT / name).read_text(encoding="utf-8")
         assert not re.search(r"https?://|file://|--(extra-)?index-url|/home/|/root/|/tmp/", text), name

@@ -493,3 +493,13 @@ def test_autocast(tiny_model):
     exact = training_step(model, BATCH, TrainingConfig(batch_size=4), "l1", 1.0, torch.float32)
     assert torch.stack(losses).tolist() == pytest.approx(torch.stack(exact).tolist(), rel=0.05)
     assert all(p.grad.any() and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("layers", ["all", "last_half"])
+def test_a_deep_model_is_extended_saved_and_loaded_under_another_name(tiny_model, tmp_path, layers):
+    """From 20 targets on, PEFT abbreviates their names to the ends that tell them apart; ours are full names."""
+    model = open_adapters(extended(tiny_model(n_layers=40), layers=layers))
+    assert len(model.peft_config["default"].target_modules) == (40 if layers == "all" else 20)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_model(n_layers=40), str(tmp_path), adapter_name="other")
+    torch.testing.assert_close(logits(loaded.eval()), logits(model))

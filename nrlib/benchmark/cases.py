@@ -16,9 +16,9 @@ from torch import nn
 from ..backbone import build_backbone
 from ..batches import Batch, MixedBatches, TokenStream
 from ..config import RunConfig, make_config
-from ..losses import LocalLoss
 from ..machine import pick_device, pick_precision
 from ..methods import apply_method
+from ..trainer import LocalLossMixin
 from ..training import Hooks, learning_rate_at, make_optimizer, train
 
 OURS = "neutral_residues"
@@ -122,15 +122,9 @@ def train_with_transformers(model: nn.Module, batches: MixedBatches, config: Run
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             stamps.append(Stamp.now())
 
-    class LocalLossTrainer(Trainer):
+    class LocalLossTrainer(LocalLossMixin, Trainer):
         def get_train_dataloader(self) -> Any:
             return DataLoader(_Steps(batches), batch_size=None)
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            with LocalLoss(model, config.method.local_loss, inputs["domain"]) as collected:
-                logits = model(input_ids=inputs["inputs"], use_cache=False).logits
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), inputs["targets"].flatten())
-                return loss + config.method.local_loss_weight * collected.mean()
 
     c, device = config.training, next(model.parameters()).device
     optimizer = make_optimizer(model, c)
@@ -169,7 +163,8 @@ class _Steps(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         batch: Batch = self.batches.batch(step)
-        return {"inputs": batch.inputs, "targets": batch.targets, "domain": batch.domain}
+        targets = batch.targets.contiguous()  # already shifted: each is the next of the inputs
+        return {"input_ids": batch.inputs, "labels": targets, "shift_labels": targets, "domain": batch.domain}
 
 
 def random_batches(config: RunConfig, n_steps: int) -> MixedBatches:

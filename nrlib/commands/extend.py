@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..config import RunConfig, absolute_path, flat_values, make_config, parameters
+from ..config import CORPUS_ROLES, RunConfig, absolute_path, flat_values, make_config, parameters
 from ..errors import ConfigError
+from ..model_card import BACKBONE_FOLDER, CardDetails, write_model_card
 from ..notebook_parameters import Parameter, convert_value
 from ..profiles import PRESETS
-from ..runs import check_run
+from ..runs import Log, check_run
 from ..storage import atomic_directory, cache_directory, results_directory
+from ..tracking import check_tracker, log_directory, tracking
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,8 +83,12 @@ def explain_parameters(profile: str) -> str:
     return "\n".join(lines)
 
 
-def extend_and_report(profile: str, changes: Mapping[str, Any], folder: Path | None = None) -> str:
+def extend_and_report(
+    profile: str, changes: Mapping[str, Any], folder: Path | None = None, log_to: str | None = None
+) -> str:
     """Check everything, then make or load the run, save the model if a folder is given, and say what came out."""
+    if log_to is not None:
+        check_tracker(log_to)
     config = make_config(profile, **{name: absolute_path(name, value) for name, value in changes.items()})
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--save {folder}: it is there already and is not an empty folder. Give a new name.")
@@ -92,14 +99,20 @@ def extend_and_report(profile: str, changes: Mapping[str, Any], folder: Path | N
         )
     check_run(config)
     from ..records import readable_records
-    from ..runs import run_or_load
+    from ..runs import run_or_load, stored_record
 
-    record = run_or_load(config) if folder is None else _run_and_save(config, folder)
+    is_trained = folder is not None or stored_record(config) is None
+    tracker = tracking(log_to, config.run_id, flat_values(config)) if log_to and is_trained else nullcontext()
+    with tracker as log:
+        record = run_or_load(config, log=log) if folder is None else _run_and_save(config, folder, log)
     report = _report(record, readable_records())
+    if log_to is not None:
+        where = f" (tensorboard --logdir {log_directory()})" if log_to == "tensorboard" else ""
+        report += f"\nlogged to  {log_to}{where}" if is_trained else "\nnot logged: the run was made before"
     return report if folder is None else f"{report}\n{_how_to_load(config, folder)}"
 
 
-def _run_and_save(config: RunConfig, folder: Path) -> Record:
+def _run_and_save(config: RunConfig, folder: Path, log: Log | None) -> Record:
     """Like `run_or_load`, but a stored record does not spare the training: the model is wanted."""
     from ..backbone import delete_checkpoint
     from ..distributed import is_first_process, whole_weights
@@ -107,11 +120,11 @@ def _run_and_save(config: RunConfig, folder: Path) -> Record:
     from ..runs import run_and_keep, stored_record
     from ..texts import prepare_text
 
-    record, model = run_and_keep(config)
+    record, model = run_and_keep(config, log=log)
     weights = whole_weights(model)
     if not is_first_process():
         return record
-    _save(model, weights, config, prepare_text(config.data, config.backbone), folder)
+    _save(model, weights, record, prepare_text(config.data, config.backbone), folder)
     if stored_record(config) is None:
         save_record(record)
     delete_checkpoint(config.run_id)
@@ -119,34 +132,64 @@ def _run_and_save(config: RunConfig, folder: Path) -> Record:
 
 
 def _save(
-    model: nn.Module, weights: dict[str, Tensor] | None, config: RunConfig, text: PreparedText, folder: Path
+    model: nn.Module, weights: dict[str, Tensor] | None, record: Record, text: PreparedText, folder: Path
 ) -> None:
     """Adapter (or, after fine-tuning, model), tokenizer and configuration; a backbone that was trained here lies beside
     them with its tokenizer. The trained weights are given if the model is sharded."""
     from peft import PeftModel
 
     from ..backbone import get_backbone
+    from ..peft_method import NeutralResiduesConfig
 
+    config = record.run_config
     with atomic_directory(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         if not config.backbone.backbone_name:
-            get_backbone(config, text, progress=False).save_pretrained(temporary / "backbone")
-            text.tokenizer.save_pretrained(temporary / "backbone")
+            get_backbone(config, text, progress=False).save_pretrained(temporary / BACKBONE_FOLDER)
+            text.tokenizer.save_pretrained(temporary / BACKBONE_FOLDER)
         if not isinstance(model, PeftModel):
             cast("PreTrainedModel", model).save_pretrained(temporary, state_dict=weights)
             return
         if not config.backbone.backbone_name:
-            model.peft_config["default"].base_model_name_or_path = str(folder.absolute() / "backbone")
+            model.peft_config["default"].base_model_name_or_path = str(folder.absolute() / BACKBONE_FOLDER)
         # No method here trains embeddings apart.
         model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=weights)
+        options = model.peft_config["default"]
+        if isinstance(options, NeutralResiduesConfig):
+            write_model_card(options, temporary, _card_details(record))
+
+
+def _card_details(record: Record) -> CardDetails:
+    from ..records import readable_records
+    from ..tables import flat_records
+
+    row = flat_records([record], readable_records())[0]
+    specs = {role: row[role] for role in CORPUS_ROLES if row[role]}
+    languages = {
+        spec.removeprefix("debian-docs:").partition("/")[0]
+        for spec in specs.values()
+        if spec.startswith("debian-docs:")
+    }
+    after, before = row["bits_per_byte"], row["backbone_bits_per_byte"]
+    return CardDetails(
+        language=sorted(languages),
+        bits_per_byte=[
+            (meaning, row[role], before[name], after[name])
+            for name, (meaning, role) in _MEANING.items()
+            if name in after
+        ],
+        forgetting=row["forgetting"],
+        learning=row["learning"],
+        corpora={role.replace("_", " "): spec for role, spec in specs.items()},
+    )
 
 
 def _how_to_load(config: RunConfig, folder: Path) -> str:
     lines = [f"saved in {folder}; in Python:", "    import nrlib", "    from transformers import AutoModelForCausalLM"]
     if not (folder / "adapter_config.json").exists():
         return "\n".join([*lines[:1], lines[2], f"    model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"])
-    backbone = config.backbone.backbone_name or str(folder / "backbone")
+    backbone = config.backbone.backbone_name or str(folder / BACKBONE_FOLDER)
     lines += [
         f"    model = AutoModelForCausalLM.from_pretrained({backbone!r})",
         f"    model.load_adapter({str(folder)!r})",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusError
+from ..hub import is_reachable
 from ..storage import atomic_directory, cache_directory, fingerprint
 from .documents import Document
 from .text_files import Row, documents_from_rows
@@ -71,6 +72,8 @@ def _fetch_hub(hub: HubSpec, is_local: bool, progress: bool) -> tuple[list[Docum
     try:
         if is_local:
             name, commit = str(Path(hub.dataset).expanduser()), None
+        elif not is_reachable():
+            raise ConnectionError("no connection to the hub")
         else:
             info = huggingface_hub.HfApi().dataset_info(hub.dataset, revision=hub.revision, timeout=30)
             name, commit = hub.dataset, info.sha
