@@ -29,6 +29,7 @@ from .architecture import (
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
 from .weights import check_fit, refuse_pickles, shapes_differ
+from .sparse_inference import add_residue
 
 PEFT_NAME = "neutral_residues"
 _FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}
@@ -166,9 +167,7 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         extended = block_output
         for name, adapter in self._active().items():
             adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
-            # PEFT keeps adapters of a half-precision backbone in float32
-            dtype = adapter.input_projection.weight.dtype
-            extended = extended + adapter(adapter_input.to(dtype)).to(extended.dtype)
+            extended = add_residue(extended, adapter, adapter_input)
         return (extended, *output[1:]) if isinstance(output, tuple) else extended
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ ORDER = [
     "machine",
     "adapter", "architecture",
     "distributed",
+    "sparse_inference",
     "peft_method",
     "losses", "language_loss", "methods", "meter",
     "corpora.documents", "corpora.man_pages",
