@@ -69,4 +69,5 @@ class GatedAdapter(nn.Module):
 
     def gate_values(self, x: Tensor) -> Tensor:
         """gate(x), (B, T, 1)."""
+        assert self.block_gate is not None, "gate = 'none' has no values"
         return GATE_FUNCTIONS[self.gate](self.block_gate(x))

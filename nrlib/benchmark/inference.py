@@ -60,7 +60,7 @@ def set_open_ratio(model: nn.Module, open_ratio: float, run: Callable[[], object
     for gate in gates:
         score = torch.cat(scores[gate]).sort(descending=True).values
         n_open = round(open_ratio * len(score))
-        gate.bias -= (score[n_open - 1] + score[n_open]) / 2 if 0 < n_open < len(score) else score[-1] - 1
+        gate.bias.sub_((score[n_open - 1] + score[n_open]) / 2)
 
 
 def random_tokens(config: RunConfig, n_sequences: int, length: int) -> Tensor:
