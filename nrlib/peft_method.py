@@ -152,11 +152,8 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         """The adapters that take part in the forward pass now."""
         if self.disable_adapters:
             return []
-        return list(self._active().values())
-
-    def _active(self) -> dict[str, Any]:
-        adapters = self.neutral_residues_adapters
-        return {name: adapters[name] for name in self.active_adapters if name in adapters}
+        adapters: Any = self.neutral_residues_adapters
+        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(*args, **kwargs)
@@ -165,9 +162,11 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
         block_output = output[0] if isinstance(output, tuple) else output
         extended = block_output
-        for name, adapter in self._active().items():
-            adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
-            extended = add_residue(extended, adapter, adapter_input)
+        adapters: Any = self.neutral_residues_adapters
+        for name in self.active_adapters:
+            if name in adapters:
+                adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
+                extended = add_residue(extended, adapters[name], adapter_input)
         return (extended, *output[1:]) if isinstance(output, tuple) else extended
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ No other gate is ever exactly 0: elu(z) > -1 is negative below 0, where nothing 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import GatedAdapter
 
@@ -28,41 +28,43 @@ LARGEST_OPEN_RATIO = 0.85  # with more gates open, moving rows costs what is sav
 
 def add_residue(output: Tensor, adapter: GatedAdapter, x: Tensor) -> Tensor:
     """output (…, D) + residue(x) for the hidden states x (…, D), skipping closed gates where that pays."""
-    weight = adapter.output_projection.weight  # (D, H)
-    x = x.to(weight.dtype)  # PEFT keeps adapters of a half-precision backbone in float32
-    n_tokens = x.numel() // x.shape[-1]
-    flops_per_token = 6 * weight.numel()  # three matrices of D·H weights
-    if not may_skip(adapter, x, n_tokens * flops_per_token):
+    x = x.to(adapter.input_projection.weight.dtype)  # PEFT keeps adapters of a half-precision backbone in float32
+    if not may_skip(adapter, x):
         return output + adapter(x).to(output.dtype)
     gates = adapter.gate_values(x)  # (…, 1)
-    n_open = int(gates.count_nonzero())
+    n_tokens, n_open = gates.numel(), int(gates.count_nonzero())
     if n_open == 0:
         return output
-    saved_flops = (n_tokens - n_open) * flops_per_token
-    if saved_flops < WORTHWHILE_FLOPS[x.device.type] or n_open > LARGEST_OPEN_RATIO * n_tokens:
+    if not is_worthwhile(adapter, x, n_tokens - n_open) or n_open > LARGEST_OPEN_RATIO * n_tokens:
         return output + (gates * adapter.glu(x)).to(output.dtype)
     rows = gates.flatten().nonzero().squeeze(1)  # (n_open,)
     residue = gates.reshape(-1, 1)[rows] * adapter.glu(x.reshape(n_tokens, -1)[rows])  # (n_open, D)
     return output.reshape(n_tokens, -1).index_add(0, rows, residue.to(output.dtype)).view(output.shape)
 
 
-def may_skip(adapter: GatedAdapter, x: Tensor, flops: int) -> bool:
-    """Whether looking for closed gates is allowed here, and free or worth its price where all take `flops` to compute.
+def may_skip(adapter: GatedAdapter, x: Tensor) -> bool:
+    """Whether looking for closed gates is allowed here, and free or worth its price.
 
-    Not in training; not while a graph is recorded, which cannot depend on the data; and not under hooks (the local loss,
-    the gate statistics), which are to see the residue of every token.
+    Not in training; not while a graph is recorded, which cannot depend on the data; and not under hooks on the adapter (the
+    local loss, the gate statistics), which are to see the residue of every token. A hook on the block gate sees every token
+    in any case, one on a projection only the tokens that are computed.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    if adapter.gate != "relu" or adapter.training or torch.is_grad_enabled():
+        return False
+    if adapter._forward_hooks or adapter._forward_pre_hooks:
         return False
     # A wrapper or a subclass, of the adapter or of the tensor, may do more than the formula.
-    if type(adapter) is not GatedAdapter or adapter.gate != "relu" or adapter.training or type(x) is not Tensor:
+    if type(adapter) is not GatedAdapter or type(x) is not Tensor:
         return False
-    if _has_hooks(adapter) or any(_has_hooks(part) for part in adapter._modules.values()):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if x.device.type == "cuda":
-        return flops >= WORTHWHILE_FLOPS["cuda"] and not torch.cuda.is_current_stream_capturing()
+        n_tokens = x.numel() // x.shape[-1]
+        return is_worthwhile(adapter, x, n_tokens) and not torch.cuda.is_current_stream_capturing()
     return x.device.type in WORTHWHILE_FLOPS
 
 
-def _has_hooks(module: nn.Module | None) -> bool:
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+def is_worthwhile(adapter: GatedAdapter, x: Tensor, n_closed: int) -> bool:
+    """Whether leaving out `n_closed` tokens saves enough on the device of x."""
+    flops_per_token = 6 * adapter.output_projection.weight.numel()  # three matrices of D·H weights
+    return n_closed * flops_per_token >= WORTHWHILE_FLOPS[x.device.type]
