@@ -20,7 +20,10 @@ from nrlib.benchmark.inference import OPEN_RATIOS, inference_case
 from nrlib.config import make_config
 from nrlib.methods import apply_method
 
-TINY = benchmark.Settings(profile="smoke", n_rounds=2, n_steps=1, prompt_length=4, n_generated=3, with_memory=False)
+WIDE = {"d_model": 48, "n_heads": 2, "batch_size": 2}
+TINY = benchmark.Settings(
+    profile="smoke", n_rounds=2, n_steps=1, prompt_length=4, n_generated=3, with_memory=False, wide=WIDE
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,12 @@ def test_gates_open_on_the_stated_share_of_tokens(kind, name):
     one_round()
     n_tokens = torch.cat(is_open).numel() / len(adapters)
     assert torch.cat(is_open).float().mean().item() == pytest.approx(OPEN_RATIOS[name], abs=1 / n_tokens + 2e-3)
+
+
+def test_wide_cases_are_wider():
+    for kind, width in (("prefill", 32), ("prefill_wide", 48), ("decoding_one_wide", 48)):
+        model, config = cases.make_model(kind, "original_domain", TINY)
+        assert config.backbone.d_model == width == model.config.hidden_size
 
 
 def test_a_prefill_fills_the_cache_and_asks_for_one_token():

@@ -61,9 +61,9 @@ def format_table(result: dict[str, Any]) -> str:
         f"{precision['inference']}; {result['n_rounds']} rounds in {result['seconds']} s",
         "ratio: this case's time over the first case's of its kind in the same round, median (lowest to highest), by wall",
         "clock and by processor time; kernel: its share of the processor time; memory: peak, above the imported libraries;",
-        f"ReLU gates are open on {shares}",
+        f"ReLU gates are open on {shares}; wide: d_model = {result['wide']['d_model']}",
         "",
-        f"{'':50} {'tokens/s':>9}  {'ratio, wall clock':<20} {'ratio, processor':<20} {'kernel':>6} {'memory':>7}",
+        f"{'':55} {'tokens/s':>9}  {'ratio, wall clock':<20} {'ratio, processor':<20} {'kernel':>6} {'memory':>7}",
     ]
     for kind, names in CASES.items():
         for name in names:
@@ -71,7 +71,7 @@ def format_table(result: dict[str, Any]) -> str:
             ratios = ["" if name == names[0] else _format_spread(row[key]) for key in ("ratio", "processor_ratio")]
             memory = "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']} MB"
             lines.append(
-                f"{kind:12} {TITLES[name]:37} {row['tokens_per_second']['median']:>9,.0f}  {ratios[0]:<20} "
+                f"{kind:17} {TITLES[name]:37} {row['tokens_per_second']['median']:>9,.0f}  {ratios[0]:<20} "
                 f"{ratios[1]:<20} {row['kernel_time_ratio']:>6.1%} {memory:>7}"
             )
     if "gpu" in result:
@@ -102,6 +102,7 @@ def _describe(settings: Settings, n_rounds: int) -> dict[str, Any]:
             "training": str(training_dtype).removeprefix("torch."),
             "inference": str(inference_dtype(device)).removeprefix("torch."),
         },
+        "wide": dict(settings.wide),
         "open_ratios": dict(OPEN_RATIOS),
         "n_rounds": n_rounds,
         "n_steps_per_round": settings.n_steps,

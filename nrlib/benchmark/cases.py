@@ -28,6 +28,8 @@ CASES = {
     "prefill": _INFERENCE,
     "decoding": (*_INFERENCE, "extension_disabled"),
     "decoding_one": _INFERENCE,
+    "prefill_wide": _INFERENCE,
+    "decoding_one_wide": _INFERENCE,
 }
 TITLES = {
     OURS: "neutral residues",
@@ -52,6 +54,8 @@ def make_model(kind: str, name: str, settings: Settings) -> tuple[Any, RunConfig
     """The model of a case, with random weights, and its configuration."""
     device = pick_device()
     changes = {**settings.changes, "method": name if name in ("fine_tuning", "lora") else OURS}
+    if kind.endswith("_wide"):
+        changes |= settings.wide
     if name in OPEN_RATIOS:
         changes["gate"] = "relu"
     elif name == "elu_gate":

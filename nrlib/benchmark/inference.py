@@ -24,14 +24,14 @@ OPEN_RATIOS = {"original_domain": 0.108, "new_domain": 0.717}
 
 
 def inference_case(kind: str, name: str, model: Any, config: RunConfig, settings: Settings) -> Case:
-    """One round of 'scoring', 'prefill', 'decoding' or 'decoding_one' as a function."""
-    n_sequences = 1 if kind == "decoding_one" else config.training.batch_size
+    """One round of 'scoring', 'prefill', 'decoding' or 'decoding_one', of one sequence, as a function."""
+    n_sequences = 1 if kind.startswith("decoding_one") else config.training.batch_size
     length = settings.prompt_length if kind.startswith("decoding") else config.training.context_length
     tokens = random_tokens(config, n_sequences, length)
     if kind.startswith("decoding"):
         one_round = _decoding(model, tokens, settings.n_generated)
     else:
-        one_round = _reading(model, tokens, settings.n_steps, is_prefill=kind == "prefill")
+        one_round = _reading(model, tokens, settings.n_steps, is_prefill=kind.startswith("prefill"))
     if name in OPEN_RATIOS:
         set_open_ratio(model, OPEN_RATIOS[name], one_round)
     return one_round
