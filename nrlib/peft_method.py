@@ -28,8 +28,8 @@ from .architecture import (
 )
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
-from .weights import check_fit, refuse_pickles, shapes_differ
 from .sparse_inference import add_residue
+from .weights import check_fit, refuse_pickles, shapes_differ
 
 PEFT_NAME = "neutral_residues"
 _FIELDS = {f.name: f for f in dataclasses.fields(MethodConfig)}

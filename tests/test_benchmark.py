@@ -139,15 +139,21 @@ def test_what_does_not_fit_into_the_memory_is_none(monkeypatch):
 
 @pytest.mark.parametrize("method", gpu.GPU_CASES["training"])
 def test_operations_of_a_training_step_are_those_that_torch_counts(method):
-    model, _ = gpu.make_model("training", method, TINY)
-    n_sequences, context_length = 2, 24
+    model, config = gpu.make_model("training", method, TINY)
+    context_length = config.training.context_length
     counted = gpu.training_flops_per_token(model, context_length)
     backbone = model.base_model.model if method != "fine_tuning" else model
     backbone.set_attn_implementation("eager")  # torch does not count the fused attention of a processor
-    tokens = torch.zeros(n_sequences, context_length, dtype=torch.long)
+    tokens = torch.zeros(2, context_length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, use_cache=False).logits.sum().backward()
     assert counted * tokens.numel() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "peak"), [("cuda: NVIDIA H200", 989e12), ("cuda: NVIDIA A100-SXM4-80GB", 312e12)])
+def test_the_peak_of_a_known_device_is_the_vendors(name, peak, monkeypatch):
+    monkeypatch.setattr(gpu, "describe_device", lambda device: name)
+    assert gpu.run_gpu_benchmark({}, settings=TINY)["peak_flops"] == peak
 
 
 def test_shapes_have_the_weights_that_their_names_say():

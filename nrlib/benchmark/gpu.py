@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import HARDWARE
 from ..machine import describe_device, pick_device, pick_precision
 from .cases import CASES, OURS, TITLES, case_of, make_model
 from .timing import Case, Settings, summarise, take_turns
@@ -30,22 +31,19 @@ GPU_CASES = {"training": (OURS, "fine_tuning", "lora")} | {
 }
 GPU_SETTINGS = Settings(profile="gpu", n_rounds=7, n_steps=4, prompt_length=128, n_generated=64, seconds=60.0)
 
-# bfloat16 without sparsity, operations a second, from NVIDIA's data sheets; the first name that fits.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
-
 
 def run_gpu_benchmark(
     shapes: Mapping[str, Mapping[str, Any]] = SHAPES, progress: bool = True, settings: Settings = GPU_SETTINGS
 ) -> dict[str, Any]:
     """Measure every shape; rows as in `nrlib.benchmark.run_benchmark`, in training with `mfu` as well.
 
-    `reachable_flops` is the rate of one large matrix product measured here, `peak_flops` the data sheet's, or the measured
-    one for a device that is not in `PEAK_FLOPS`. A kind that does not fit into the memory is None.
+    `reachable_flops` is the rate of one large matrix product measured here, `peak_flops` the vendor's, or the measured
+    one for a device that is not in `nrlib.hardware.HARDWARE`. A kind that does not fit into the memory is None.
     """
     device = pick_device()
     reachable = matrix_product_flops(device, pick_precision("auto", device))
     name = describe_device(device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), reachable)
+    peak = next((h.tflops * 1e12 for h in HARDWARE.values() if h.name in name.lower().replace(" ", "")), reachable)
     result: dict[str, Any] = {"device": name, "reachable_flops": reachable, "peak_flops": peak, "shapes": {}}
     for shape, changes in shapes.items():
         of_shape = dataclasses.replace(settings, changes=changes)
@@ -105,6 +103,7 @@ def training_flops_per_token(model: nn.Module, context_length: int) -> int:
 
     Every matrix product is done once forwards, once for the gradient of its input and once for that of its weights, each
     where it is needed; attention counts every pair of tokens, as is customary, though half of them are masked.
+    `nrlib.step_cost` counts what is really done, products that the backward pass repeats to save memory included.
     """
     total = 0
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-
 WIDE: dict[str, Any] = {"d_model": 512, "n_layers": 4, "n_heads": 8, "ffn_width": 1408, "batch_size": 4}
 
 
