@@ -60,8 +60,14 @@ class GatedAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residue (B, T, D) of the hidden states x (B, T, D)."""
+        return self.glu(x) if self.block_gate is None else self.gate_values(x) * self.glu(x)
+
+    def glu(self, x: Tensor) -> Tensor:
+        """adapter(x), (B, T, D)."""
         hidden = F.silu(self.gate_projection(x)) * self.input_projection(x)  # (B, T, H)
-        residue = self.output_projection(hidden)  # (B, T, D)
-        if self.block_gate is None:
-            return residue
-        return GATE_FUNCTIONS[self.gate](self.block_gate(x)) * residue  # (B, T, 1) * (B, T, D)
+        return self.output_projection(hidden)
+
+    def gate_values(self, x: Tensor) -> Tensor:
+        """gate(x), (B, T, 1)."""
+        assert self.block_gate is not None, "gate = 'none' has no values"
+        return GATE_FUNCTIONS[self.gate](self.block_gate(x))

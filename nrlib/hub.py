@@ -61,17 +61,17 @@ def why_not_loaded(what: str, name: str, error: Exception) -> str:
     """One paragraph on a model or tokenizer that could not be loaded: what was asked for, the reason, what to do."""
     text = f"{type(error).__name__}: {error}"
     names = " ".join(cls.__name__ for e in (error, error.__cause__) if e for cls in type(e).__mro__)
-    if "gated" in text.lower() or "GatedRepo" in names or "401 Client Error" in text or "403 Client Error" in text:
+    if Path(name).exists():
+        remedy = f"The folder exists, but holds no {what} that transformers can load."
+    elif "GatedRepo" in names or "gated repo" in text:
         remedy = (
             "It is gated: accept its licence on its hub page, log in with `hf auth login` (or set HF_TOKEN), and retry."
         )
-    elif Path(name).exists():
-        remedy = f"The folder exists, but holds no {what} that transformers can load."
     elif "LocalEntryNotFound" in names or "OfflineMode" in names:
         remedy = (
             "The hub cannot be reached from here, and no copy is in its cache. Check the network connection (or unset "
             "HF_HUB_OFFLINE), or give a local folder written by save_pretrained()."
         )
     else:
-        remedy = "Check the name, or give a local folder written by save_pretrained()."
+        remedy = "Check the name (a private model needs `hf auth login`), or give a local folder written by save_pretrained()."
     return f"The {what} {name!r} could not be loaded. {remedy} ({text.splitlines()[0][:300]})"

@@ -29,6 +29,7 @@ from .architecture import (
 from .config import MethodConfig, check_layers, check_value
 from .errors import ConfigError
 from .model_card import write_model_card
+from .sparse_inference import add_residue
 from .weights import check_fit, refuse_pickles, shapes_differ
 
 PEFT_NAME = "neutral_residues"
@@ -137,11 +138,8 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         """The adapters that take part in the forward pass now."""
         if self.disable_adapters:
             return []
-        return list(self._active().values())
-
-    def _active(self) -> dict[str, Any]:
-        adapters = self.neutral_residues_adapters
-        return {name: adapters[name] for name in self.active_adapters if name in adapters}
+        adapters: Any = self.neutral_residues_adapters
+        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(*args, **kwargs)
@@ -150,11 +148,11 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
         block_output = output[0] if isinstance(output, tuple) else output
         extended = block_output
-        for name, adapter in self._active().items():
-            adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
-            # PEFT keeps adapters of a half-precision backbone in float32
-            dtype = adapter.input_projection.weight.dtype
-            extended = extended + adapter(adapter_input.to(dtype)).to(extended.dtype)
+        adapters: Any = self.neutral_residues_adapters
+        for name in self.active_adapters:
+            if name in adapters:
+                adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
+                extended = add_residue(extended, adapters[name], adapter_input)
         return (extended, *output[1:]) if isinstance(output, tuple) else extended
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -120,10 +120,11 @@ def test_the_parts_are_the_peak_and_the_hours_follow_from_the_arithmetic():
     assert plan.hours == pytest.approx(1e9 * plan.cost.training_flops / (0.5e12 * 0.5) / 3600)
     slow = make_plan(config, replace(CPU, bandwidth_gb=2.0))
     assert slow.hours == pytest.approx(plan.hours + 1e9 * plan.cost.moved_bytes / 2e9 / 3600)
-    on_gpu = make_plan(config, replace(CPU, name="h100"))
-    assert on_gpu.hours == pytest.approx(plan.hours)  # float32 was asked for
+    gpu = replace(CPU, name="h100")
+    on_gpu = make_plan(config, gpu)  # float32 was asked for
+    assert on_gpu.hours == pytest.approx(1e9 * on_gpu.cost.training_flops / (0.5e12 * 0.5) / 3600)
     automatic = replace(config, training=replace(config.training, precision="auto"))
-    assert make_plan(automatic, replace(CPU, name="h100")).hours == pytest.approx(plan.hours / 2)
+    assert make_plan(automatic, gpu).hours == pytest.approx(on_gpu.hours / 2)
 
 
 def test_an_accelerator_keeps_attention_in_bfloat16():

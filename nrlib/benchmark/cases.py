@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,77 +16,72 @@ from ..machine import pick_device, pick_precision
 from ..methods import apply_method
 from ..trainer import LocalLossMixin
 from ..training import Hooks, learning_rate_at, make_optimizer, train
+from .inference import OPEN_RATIOS, inference_case
+from .timing import Case, Settings, Stamp
 
 OURS = "neutral_residues"
+_INFERENCE = ("bare_backbone", "original_domain", "new_domain", "elu_gate")
+# The first case of each kind is the one that the others' times are compared with.
 CASES = {
     "training": (OURS, "fine_tuning", "lora", "transformers_trainer"),
-    "forward": (OURS, "extension_disabled", "bare_backbone"),
-    "generation": (OURS, "extension_disabled", "bare_backbone"),
+    "scoring": (*_INFERENCE, "extension_disabled"),
+    "prefill": _INFERENCE,
+    "decoding": (*_INFERENCE, "extension_disabled"),
+    "decoding_one": _INFERENCE,
+    "prefill_wide": _INFERENCE,
+    "decoding_one_wide": _INFERENCE,
 }
 TITLES = {
     OURS: "neutral residues",
     "fine_tuning": "full fine-tuning",
     "lora": "LoRA (PEFT), same budget",
     "transformers_trainer": "same extension, transformers Trainer",
-    "extension_disabled": "extension disabled",
     "bare_backbone": "bare backbone",
+    "original_domain": "ReLU gate, original-domain text",
+    "new_domain": "ReLU gate, new-domain text",
+    "elu_gate": "ELU gate, any text",
+    "extension_disabled": "extension disabled",
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured. Weights and tokens are random: neither changes the speed.
-
-    n_steps : timed steps of a round; one more, which is not timed, goes before them and pays for the set-up.
-    seconds : no new round is started after this time.
-    """
-
-    profile: str = "laptop"
-    n_rounds: int = 12
-    n_steps: int = 8
-    seconds: float = float("inf")
-    prompt_length: int = 16
-    n_generated: int = 48
-    with_memory: bool = True
-
-
-QUICK = Settings(n_rounds=5, n_steps=2, seconds=35.0, n_generated=24)
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """A moment: wall clock and the processor time this process has used."""
-
-    seconds: float
-    user_seconds: float
-    system_seconds: float
-
-    @staticmethod
-    def now() -> Stamp:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return Stamp(time.perf_counter(), usage.ru_utime, usage.ru_stime)
-
-
-Case = Callable[[], tuple[Stamp, Stamp, int]]  # runs one round; returns start, end and tokens between them
 
 
 def make_case(kind: str, name: str, settings: Settings) -> Case:
     """One round of a case as a function, with its own model."""
-    method = name if name in ("fine_tuning", "lora") else OURS
-    config = make_config(settings.profile, method=method)
+    model, config = make_model(kind, name, settings)
+    return case_of(model, config, kind, name, settings)
+
+
+def make_model(kind: str, name: str, settings: Settings) -> tuple[Any, RunConfig]:
+    """The model of a case, with random weights, and its configuration."""
+    device = pick_device()
+    changes = {**settings.changes, "method": name if name in ("fine_tuning", "lora") else OURS}
+    if kind.endswith("_wide"):
+        changes |= settings.wide
+    if name in OPEN_RATIOS:
+        changes["gate"] = "relu"
+    elif name == "elu_gate":
+        changes["gate"] = "elu"
+    config = make_config(settings.profile, **changes)
     model: Any = build_backbone(config, config.backbone.vocabulary_size, eos_token_id=0)
-    model.to(pick_device()).eval()
+    model.to(device)
     if name != "bare_backbone":
         model = apply_method(model, config.method, seed=0)
-    if kind == "training":
-        batches = random_batches(config, settings.n_steps + 1)
-        one_round = train_with_transformers if name == "transformers_trainer" else train_with_our_loop
-        return lambda: one_round(model, batches, config)
     if name == "extension_disabled":
         model.base_model.disable_adapter_layers()
-    return _generation_case(model, config, settings) if kind == "generation" else _forward_case(model, config, settings)
+    return (model if kind == "training" else model.to(inference_dtype(device)).eval()), config
+
+
+def case_of(model: Any, config: RunConfig, kind: str, name: str, settings: Settings) -> Case:
+    """One round of a case on the model that was made for it."""
+    if kind != "training":
+        return inference_case(kind, name, model, config, settings)
+    batches = random_batches(config, settings.n_steps + 1)
+    one_round = train_with_transformers if name == "transformers_trainer" else train_with_our_loop
+    return lambda: one_round(model, batches, config)
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """The type of weights and tensors at inference: float32 on a processor."""
+    return torch.float32 if device.type == "cpu" else pick_precision("auto", device)
 
 
 def train_with_our_loop(model: nn.Module, batches: MixedBatches, config: RunConfig) -> tuple[Stamp, Stamp, int]:
@@ -179,34 +170,3 @@ def random_batches(config: RunConfig, n_steps: int) -> MixedBatches:
         new, original, mix_ratio=c.mix_ratio, n_steps=n_steps, batch_size=c.batch_size,
         context_length=c.context_length, seed=0,
     )  # fmt: skip
-
-
-def _random_tokens(config: RunConfig, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.training.batch_size, length)
-    return torch.randint(1, config.backbone.vocabulary_size, shape, generator=generator).to(pick_device())
-
-
-def _forward_case(model: nn.Module, config: RunConfig, settings: Settings) -> Case:
-    tokens = _random_tokens(config, config.training.context_length)
-
-    @torch.no_grad()
-    def one_round() -> tuple[Stamp, Stamp, int]:
-        start = Stamp.now()
-        for _ in range(settings.n_steps):
-            model(input_ids=tokens, use_cache=False)
-        return start, Stamp.now(), settings.n_steps * tokens.numel()
-
-    return one_round
-
-
-def _generation_case(model: Any, config: RunConfig, settings: Settings) -> Case:
-    prompt, n = _random_tokens(config, settings.prompt_length), settings.n_generated
-    options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-
-    def one_round() -> tuple[Stamp, Stamp, int]:
-        start = Stamp.now()
-        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-        return start, Stamp.now(), n * len(prompt)
-
-    return one_round

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from ..machine import keep_large_blocks
-from .cases import CASES, Settings, make_case
+from .cases import CASES, make_case
+from .timing import Settings
 
 
 def peak_memory_of(action: Callable[[], object]) -> int:
@@ -51,8 +52,8 @@ def _resident_mb(entry: str) -> float:
 
 
 def measure_memory(settings: Settings, progress: bool) -> dict[tuple[str, str], int]:
-    """Peak memory of every training and forward case, in MB, by kind and name."""
-    keys = [(kind, name) for kind in ("training", "forward") for name in CASES[kind]]
+    """Peak memory of every training and scoring case, in MB, by kind and name."""
+    keys = [(kind, name) for kind in ("training", "scoring") for name in CASES[kind]]
     # The imports take ten times as long as the measurement. On Linux one new process does them and forks for each case.
     groups = [keys] if sys.platform == "linux" else [[key] for key in keys]
     peaks = (peak for group in groups for peak in _memory_in_new_process(group, settings.profile))
