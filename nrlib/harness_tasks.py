@@ -12,13 +12,11 @@ import importlib.util
 import io
 import logging
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError, CorpusError
+from .hub import is_reachable
 
 FEW_SHOT_SEED = 1234  # the harness's own
 
@@ -63,26 +61,11 @@ def check_harness() -> None:
         )
 
 
-def check_hub(timeout: float = 3.0) -> None:
-    """Raise CorpusError, within `timeout` seconds, unless the hub answers. Offline mode (cached data only) passes."""
+def check_hub() -> None:
+    """Raise CorpusError, within seconds, unless the hub can be reached. Offline mode (cached data only) passes."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return
-    reached = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        with contextlib.suppress(OSError, ValueError):
-            with contextlib.suppress(urllib.error.HTTPError):  # an answer all the same
-                urllib.request.urlopen(request, timeout=timeout).close()
-            reached.set()
-
-    # In a thread, since looking up the name of the host heeds no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if not reached.is_set():
+    if not constants.HF_HUB_OFFLINE and not is_reachable():
         raise CorpusError(
             f"{constants.ENDPOINT} cannot be reached, and the data of tasks given by name comes from there. Connect to a "
             "network; or set HF_HUB_OFFLINE=1 if the data was downloaded before; or leave --tasks and --paper-tasks out: "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import importlib.util
 import json
 import math
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -320,49 +318,16 @@ def endpoint(monkeypatch):
     return lambda port: monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
 
 
-def test_a_hub_that_does_not_answer_is_reported_within_five_seconds(endpoint):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint(silent.getsockname()[1])
-        start = time.monotonic()
-        with pytest.raises(CorpusError, match=r"cannot be reached.*HF_HUB_OFFLINE=1.*need no network"):
-            check_hub()
-        assert time.monotonic() - start < 5
-        port = silent.getsockname()[1]
+def test_the_hub_is_asked_for_before_its_tasks_are(endpoint):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        endpoint(port)
+        check_hub()
     endpoint(port)  # closed now: refused at once
     start = time.monotonic()
-    with pytest.raises(CorpusError, match="cannot be reached"):
+    with pytest.raises(CorpusError, match=r"cannot be reached.*HF_HUB_OFFLINE=1.*need no network"):
         check_hub()
     assert time.monotonic() - start < 5
-
-
-def test_a_name_server_that_does_not_answer_is_not_waited_for(endpoint, monkeypatch):
-    released = threading.Event()
-
-    def hang(*_arguments, **_options):
-        released.wait(20)
-        raise OSError
-
-    monkeypatch.setattr("urllib.request.urlopen", hang)
-    start = time.monotonic()
-    with pytest.raises(CorpusError, match="cannot be reached"):
-        check_hub(timeout=0.2)
-    assert time.monotonic() - start < 5
-    released.set()
-
-
-def test_a_hub_that_answers_anything_is_there(endpoint):
-    class Teapot(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_error(418)
-
-        def log_message(self, *_arguments):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Teapot) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint(server.server_port)
-        check_hub()
-        server.shutdown()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
