@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .adapter import GatedAdapter
 
-# Floating-point operations that must be saved before moving rows to and fro pays, by kind of device; on any other device
+# Floating-point operations that must be saved before moving rows there and back pays, by kind of device; on any other device
 # nothing is skipped. cpu: measured, some 30 microseconds of one core. cuda: counting open gates makes the host wait for the
 # device, and what waits cannot queue ahead. Below a tenth of a millisecond of matrix products (1e11 operations at 1e15 a
 # second) that cannot pay, so a long prefill skips and a decoding step does not. This figure is an estimate.
