@@ -140,6 +140,8 @@ def hypervolume(points: pd.DataFrame, worst_forgetting: float) -> float:
     return float((widths * (1 - edge["forgetting"] / worst_forgetting)).sum())
 
 
+LEARNED = (0.8, 0.95)  # shares of fine-tuning's gain at which methods are compared
+
 # What a method needs besides the backbone and the new text.
 NEEDS = {
     "fine_tuning": "proxy text",
@@ -156,8 +158,9 @@ NEEDS = {
 
 
 def costs(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a method: area of the plane it dominates, settings tried, extra weights, training time over that of
-    fine-tuning, and what it needs. Time and area are of the first seed's runs, which every method has at every rate."""
+    """One row a method: area of the plane it dominates, least forgetting of the settings that learn `LEARNED` at least,
+    number of settings, extra weights, training time over that of fine-tuning, and what it needs. All from the first
+    seed's runs, which every method has at every rate and setting."""
     first = table[table["seed"] == table["seed"].min()]
     worst = first.loc[first["method"] == "fine_tuning", "forgetting"].max()
     speed = first.groupby("method", observed=True)["tokens_per_second"].median()
@@ -165,6 +168,7 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
         {
             "method": method,
             "area": hypervolume(runs, worst),
+            **{f"at_{share:.0%}": _least_forgetting(runs, share) for share in LEARNED},
             "settings": len(runs),
             "extra_weights": runs["extra_weights"].median(),
             "seconds": speed.get("fine_tuning", float("nan")) / speed[method],
@@ -175,11 +179,16 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _least_forgetting(runs: pd.DataFrame, learned: float) -> float:
+    return float(runs.loc[runs["learning"] >= learned, "forgetting"].min())
+
+
 def readable_costs(costs: pd.DataFrame) -> Styler:
     """`costs` for a page."""
     shown = costs.rename(columns=lambda column: column.replace("_", " "))
     formats = {"area": "{:.2f}", "extra weights": "{:.1%}", "seconds": "{:.2f}"}
-    return shown.style.format(formats).hide(axis="index")
+    formats |= {f"at {share:.0%}": "{:.1%}" for share in LEARNED}
+    return shown.style.format(formats, na_rep="–").hide(axis="index")
 
 
 def curves_table(records: Sequence[Record]) -> pd.DataFrame:
