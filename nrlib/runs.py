@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .architecture import count_weights
@@ -102,7 +103,8 @@ def check_run(config: RunConfig) -> None:
         )
     if config.backbone.backbone_name:
         load_tokenizer(config.backbone.backbone_name)
-    apply_method(shape, config.method, config.seed)
+    with torch.device("meta"):
+        apply_method(shape, config.method, config.seed)
 
 
 def run(config: RunConfig, *, notebook: str = "", progress: bool = True) -> Record:

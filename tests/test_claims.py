@@ -3,7 +3,7 @@
 import pytest
 
 from nrlib import experiments, tables
-from nrlib.profiles import METHODS
+from nrlib.profiles import ALL_METHODS, METHODS
 from nrlib.records import published_records
 from nrlib.storage import project_directory
 
@@ -136,3 +136,27 @@ def test_a_gate_trained_as_a_classifier_forgets_more_the_heavier_its_loss(record
     assert classifier["forgetting"].is_monotonic_increasing
     heaviest = table[(table["local_loss"] == "l1") & (table["local_loss_weight"] == 100)].set_index("gate")["learning"]
     assert heaviest["none"] < 0.6 < heaviest.drop("none").min()
+
+
+@pytest.fixture(scope="module")
+def rivals(records):
+    runs = select(records, experiments.rivals("laptop", [0.003, 0.01, 0.03], [0], extra_ratio=0.2))
+    return tables.with_strength(runs)
+
+
+def test_at_four_fifths_of_the_gain_neutral_residues_forget_least(rivals):
+    at_80 = tables.costs(rivals).set_index("method")["at_80%"]
+    assert set(at_80.index) == set(ALL_METHODS) and at_80.notna().all()
+    assert at_80.idxmin() == "neutral_residues"
+    assert list(at_80.sort_values().index[1:4]) == ["block_expansion", "distillation", "gated_lora"]
+    assert at_80["neutral_residues"] < 0.25 * at_80.drop("neutral_residues").min()
+    assert at_80["gated_lora"] < at_80["lora"] and at_80["neutral_residues"] < at_80["vanilla_adapter"]
+
+
+def test_nearly_all_of_the_gain_takes_every_weight(rivals):
+    at_95 = tables.costs(rivals).set_index("method")["at_95%"].dropna().sort_values()
+    order = ["distillation", "elastic_weight_consolidation", "weight_interpolation", "fine_tuning"]
+    assert list(at_95.index) == order
+    for method in order[:2]:  # at the edge of the grid, as the page says
+        enough = rivals[(rivals["method"] == method) & (rivals["learning"] >= 0.95)]
+        assert enough.loc[enough["forgetting"].idxmin(), "learning_rate"] == rivals["learning_rate"].min()
