@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -128,10 +127,7 @@ class MixedBatches:
         return order
 
 
-T = TypeVar("T")
-
-
-def load_ahead(load: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+def load_ahead(load: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:
     """load(step) for every step, each called in another thread while the one before it is in use."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load_ahead") as pool:
         waiting = None

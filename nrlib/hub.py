@@ -45,10 +45,8 @@ def is_reachable(seconds: float = SECONDS_TO_CONNECT) -> bool:
 def find(name: str | Path) -> str:
     """What to give to `from_pretrained`: a folder or a reachable model's name as they are; else its folder in the cache.
 
-    Raises
-    ------
-    LocalEntryNotFoundError, HFValidationError
-        Without a network, when nothing of that name is in the cache, or it is no model's name.
+    Without a network, when nothing of that name is in the cache or it is no model's name, the errors are those of the
+    hub's client, which `why_not_loaded` puts into words.
     """
     if Path(name).exists() or is_reachable():
         return str(name)

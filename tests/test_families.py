@@ -174,10 +174,11 @@ def test_compiled_to_machine_code(tiny_model, tmp_path, monkeypatch):
     torch._dynamo.reset()
     with torch._inductor.config.patch(compile_threads=1):
         compiled = torch.compile(model)
-        assert training_step(compiled, BATCH, config, "l1", 0.1, torch.float32) == pytest.approx(expected, rel=1e-5)
+        found = training_step(compiled, BATCH, config, "l1", 0.1, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     torch._dynamo.reset()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    torch.testing.assert_close(found, plain)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(gradients, plain)
 
 
 # --- a family nobody has heard of -------------------------------------------------------------------------------------

@@ -410,7 +410,8 @@ def test_weights_that_are_missing_are_not_replaced_by_random_ones(saved, tmp_pat
     weights = load_file(broken / "adapter_model.safetensors")
     weights.pop(min(weights))
     save_file(weights, broken / "adapter_model.safetensors")
-    assert "missing adapter keys" in refused("--extension", broken, "--new-domain", config.data.new_domain)
+    message = refused("--extension", broken, "--new-domain", config.data.new_domain)
+    assert "does not fit the backbone" in message and "missing" in message
 
 
 def test_the_context_length_is_the_users_or_that_of_training_or_the_models(saved, model, tokenizer, tmp_path):

@@ -22,8 +22,10 @@ class Settings:
     n_steps : timed steps of a round; one more, which is not timed, goes before them and pays for the set-up.
     seconds : no new round is started after this time.
     changes : parameters that differ from the profile's.
-    wide : those of the kinds whose names end in '_wide'. In a model as narrow as the profile's, the calls take as long as
-        the products; what the extension costs in a usual model, the wider one shows better.
+    wide : those of the kinds whose names end in '_wide'.
+
+    In a model as narrow as the profile's, the calls take as long as the products; what the extension costs in a usual
+    model, the wider one shows better.
     """
 
     profile: str = "laptop"
