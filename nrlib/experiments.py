@@ -170,10 +170,11 @@ def recipes(
     ]  # fmt: skip
 
 
-def recommended(profile: str, seeds: Sequence[int], length: float) -> list[RunConfig]:
-    """The recommended recipe and the four methods as they are, trained `length` times as long as the profile says."""
+def longer_with_kl(profile: str, seeds: Sequence[int], length: float) -> list[RunConfig]:
+    """The four methods as they are, and neutral residues with the KL term, trained `length` times as long as the profile
+    says."""
     n_tokens = round(length * make_config(profile).training.n_tokens)
-    settings = [*((method, {}) for method in METHODS), ("neutral_residues", PRESETS["recommended"])]
+    settings = [*((method, {}) for method in METHODS), ("neutral_residues", PRESETS["with_kl"])]
     return [
         arm(profile, method, seed=seed, n_tokens=n_tokens, **options) for method, options in settings for seed in seeds
     ]

@@ -203,8 +203,8 @@ def test_run_shows_the_parameters_of_a_notebook(study):
         (["--n-tokens", "100"], "n_tokens = 100 is less than one batch"),
         (["-p", "n_heads=3"], "n_heads = 3"),
         (["--backbone", "./no-such-model"], "no-such-model"),
-        (["--preset", "best"], "Allowed: paper, recommended"),
-        (["--preset", "recommended", "--method", "lora"], "has no meaning for method = 'lora'"),
+        (["--preset", "best"], "Allowed: paper, with_kl"),
+        (["--preset", "with_kl", "--method", "lora"], "has no meaning for method = 'lora'"),
         (["--method", "gated_lora", "--save", "somewhere"], "gated_lora stands here for comparison"),
     ],
 )
