@@ -160,3 +160,16 @@ def test_nearly_all_of_the_gain_takes_every_weight(rivals):
     for method in order[:2]:  # at the edge of the grid, as the page says
         enough = rivals[(rivals["method"] == method) & (rivals["learning"] >= 0.95)]
         assert enough.loc[enough["forgetting"].idxmin(), "learning_rate"] == rivals["learning_rate"].min()
+
+
+def test_a_kl_term_moves_along_the_same_dial(records):
+    runs = select(records, experiments.longer_with_kl("laptop", [0, 1, 2], 3.0))
+    ours = runs[runs["method"] == "neutral_residues"].groupby("kl_weight")
+    assert (ours["seed"].nunique() == 3).all()
+    forgetting, learning = ours["forgetting"].mean(), ours["learning"].mean()
+    assert 0.7 < forgetting[2.0] / forgetting[0.0] < 0.8  # "a quarter less"
+    assert 0.005 < learning[0.0] - learning[2.0] < 0.015  # "for a point"
+    assert 0.01 < forgetting[2.0] < 0.0105 and 0.845 < learning[2.0] < 0.85  # the goal, missed on both sides
+    grid = select(records, experiments.recipes("laptop", [0.0, 2.0, 8.0], [0.0, 1.0, 5.0], [0]))
+    at = grid.set_index(["local_loss_weight", "kl_weight"])["forgetting"]
+    assert at[5.0, 2.0] < 0.8 * at[5.0, 0.0] and at[5.0, 2.0] < 0.5 * at[0.0, 2.0]
