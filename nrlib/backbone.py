@@ -188,6 +188,16 @@ def backbone_shape(config: RunConfig) -> PreTrainedModel:
     return model
 
 
+def check_context_length(config: RunConfig, backbone: PreTrainedModel) -> None:
+    """Raise ConfigError if the sequences of a run are longer than the backbone has positions."""
+    n_positions = getattr(backbone.config, "max_position_embeddings", None)
+    if n_positions is not None and config.training.context_length > n_positions:
+        raise ConfigError(
+            f"context_length = {config.training.context_length} is more than the {n_positions} positions of the backbone "
+            f"{config.backbone.backbone_name!r}. Give at most {n_positions}."
+        )
+
+
 def _pretrain(config: RunConfig, text: PreparedText, folder: Path, progress: bool) -> None:
     model = build_backbone(config, len(text.tokenizer), text.tokenizer.eos_token_id).to(pick_device())
     c = config.training

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .architecture import count_weights
-from .backbone import backbone_shape
+from .backbone import backbone_shape, check_context_length
 from .config import RunConfig, make_config
 from .corpora.hub_datasets import parse_hub
-from .errors import ConfigError
 from .hardware import Hardware
 from .machine import pick_precision
 from .methods import apply_method, count_extra_weights
@@ -138,12 +137,7 @@ def planned_precision(config: RunConfig, hardware: Hardware) -> torch.dtype:
 def planned_model(config: RunConfig) -> tuple[torch.nn.Module, int]:
     """The extended model without weights, and the number of the backbone's."""
     backbone = planned_backbone(config)
-    n_positions = getattr(backbone.config, "max_position_embeddings", None)
-    if n_positions is not None and config.training.context_length > n_positions:
-        raise ConfigError(
-            f"context_length = {config.training.context_length} is more than the {n_positions} positions of the backbone "
-            f"{config.backbone.backbone_name!r}. Give at most {n_positions}."
-        )
+    check_context_length(config, backbone)
     n_backbone = count_weights(backbone)
     with torch.device("meta"):
         return apply_method(backbone, config.method, config.seed), n_backbone

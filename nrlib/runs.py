@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import count_weights
-from .backbone import backbone_shape, checkpoint_hooks, delete_checkpoint, get_backbone
+from .backbone import backbone_shape, check_context_length, checkpoint_hooks, delete_checkpoint, get_backbone
 from .batches import MixedBatches, evaluation_batches
 from .config import RunConfig
 from .corpora import check_spec, load_corpus
@@ -95,12 +95,7 @@ def check_run(config: RunConfig) -> None:
     _n_steps(config)
     check_division(config.training.batch_size, config.training.accumulation_steps)
     shape = backbone_shape(config)
-    n_positions = getattr(shape.config, "max_position_embeddings", None)
-    if n_positions is not None and config.training.context_length > n_positions:
-        raise ConfigError(
-            f"context_length = {config.training.context_length} is more than the {n_positions} positions of the backbone "
-            f"{config.backbone.backbone_name!r}. Give at most {n_positions}."
-        )
+    check_context_length(config, shape)
     if config.backbone.backbone_name:
         load_tokenizer(config.backbone.backbone_name)
     with torch.device("meta"):
