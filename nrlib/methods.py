@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -109,7 +108,7 @@ BUILDERS: dict[str, Callable[[PreTrainedModel, MethodConfig], nn.Module]] = {
 }
 
 
-def rival(name: str) -> ModuleType | None:
+def rival(name: str) -> Any:
     """The module of a rival method, imported when it is asked for; None for the project's own four."""
     return importlib.import_module(f"nrlib.rivals.{name}") if name in RIVALS else None
 
