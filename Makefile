@@ -62,7 +62,7 @@ book: $(INSTALLED)  ## execute the notebooks, build the book, print the page to 
 test: lint  ## all checks and tests, with every notebook and a strict build of the book
 	@$(RUN) pytest
 
-fast: $(INSTALLED)  ## the tests that take less than a minute altogether
+fast: $(INSTALLED)  ## all tests but the slow ones, a few minutes
 	@$(RUN) pytest -m 'not slow'
 
 matrix: $(OLDEST)/.installed  ## all model families on the oldest supported PEFT and transformers
