@@ -21,8 +21,6 @@ from .inference import OPEN_RATIOS
 from .memory import measure_memory
 from .timing import QUICK, Settings, summarise, take_turns
 
-__all__ = ["CASES", "OURS", "QUICK", "TITLES", "Settings", "format_table", "run_benchmark"]
-
 
 def run_benchmark(quick: bool = False, progress: bool = True, settings: Settings | None = None) -> dict[str, Any]:
     """Measure all cases; the result can be written as JSON.
