@@ -71,7 +71,7 @@ def test_open_ratios_are_those_of_the_published_records(text, case):
     assert OPEN_RATIOS[case] == pytest.approx(statistics.mean(row["open_ratio"] for row in rows), abs=5e-4)
 
 
-OURS_WITH_RELU = dataclasses.asdict(make_config("laptop", gate="relu").method)
+OURS_WITH_RELU = make_config("laptop", gate="relu").to_dict()["method"]
 
 
 @pytest.mark.parametrize("kind", ["scoring", "prefill", "decoding", "decoding_one"])

@@ -230,7 +230,7 @@ def test_extend_explains_every_parameter():
 
 def test_a_preset_gives_way_to_what_is_named(monkeypatch):
     seen = []
-    monkeypatch.setattr(extend, "extend_and_report", lambda profile, changes, folder: seen.append(changes) or "")
+    monkeypatch.setattr(extend, "extend_and_report", lambda profile, changes, *rest: seen.append(changes) or "")
     call("extend", "--preset", "paper", "-p", "gate=sigmoid")
     assert seen == [{"gate": "sigmoid", "local_loss": "l1", "local_loss_weight": 0.01}]
 
