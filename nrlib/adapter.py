@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "relu": F.relu, "elu": F.elu}
+Function = Callable[[Tensor], Tensor]
+GATE_FUNCTIONS: dict[str, Function] = {"sigmoid": torch.sigmoid, "relu": F.relu, "elu": F.elu}
+ACTIVATION_FUNCTIONS: dict[str, Function] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "identity": nn.Identity()}
 
 
 class GatedAdapter(nn.Module):
@@ -35,10 +37,17 @@ class GatedAdapter(nn.Module):
     n_layers : L, layers of the backbone; enters the low-variance initialisation.
     gate : 'elu', 'relu' (the paper's choice), 'sigmoid', or 'none' for a vanilla adapter.
     initialisation : 'low_variance' (1/(D·L)) or 'he' (2/D), the variance of W_i, W_g and w.
+    activation : 'silu' (the paper's choice), 'gelu', 'relu' or 'identity', inside the gated linear unit.
     """
 
     def __init__(
-        self, d_model: int, width: int, n_layers: int, gate: str = "elu", initialisation: str = "low_variance"
+        self,
+        d_model: int,
+        width: int,
+        n_layers: int,
+        gate: str = "elu",
+        initialisation: str = "low_variance",
+        activation: str = "silu",
     ) -> None:
         super().__init__()
         self.input_projection = nn.Linear(d_model, width, bias=False)  # W_i (H, D)
@@ -46,6 +55,7 @@ class GatedAdapter(nn.Module):
         self.output_projection = nn.Linear(width, d_model, bias=False)  # W_o (D, H)
         self.block_gate = nn.Linear(d_model, 1) if gate != "none" else None  # w (1, D), b (1,)
         self.gate = gate
+        self.activation = activation
         self.initialise(1 / (d_model * n_layers) if initialisation == "low_variance" else 2 / d_model)
 
     @torch.no_grad()
@@ -64,7 +74,8 @@ class GatedAdapter(nn.Module):
 
     def glu(self, x: Tensor) -> Tensor:
         """adapter(x), (B, T, D)."""
-        hidden = F.silu(self.gate_projection(x)) * self.input_projection(x)  # (B, T, H)
+        activate = ACTIVATION_FUNCTIONS[self.activation]
+        hidden = activate(self.gate_projection(x)) * self.input_projection(x)  # (B, T, H)
         return self.output_projection(hidden)
 
     def gate_values(self, x: Tensor) -> Tensor:

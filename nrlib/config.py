@@ -19,7 +19,8 @@ from .profiles import ALL_METHODS, DEFAULTS_BY_METHOD, FIXED_BY_METHOD, PROFILES
 from .storage import fingerprint
 
 GATES = ("none", "sigmoid", "relu", "elu")
-LOCAL_LOSSES = ("none", "l1", "domain_cross_entropy")
+LOCAL_LOSSES = ("none", "l1", "domain_cross_entropy", "l1_everywhere")
+ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 INITIALISATIONS = ("low_variance", "he")
 POSITIONS = ("parallel", "serial")
 SITES = ("ffn", "attention")
@@ -61,6 +62,9 @@ class DataConfig:
         "synthetic:aurelian/manual", "original-domain text outside the proxy: where forgetting is measured"
     )
     n_evaluation_bytes: int = parameter(60_000, "size of each held-out test set, in bytes of text", minimum=1_000)
+    new_text_ratio: float = parameter(
+        1.0, "share of the new domain's training documents that is used", minimum=0.0, maximum=1.0, is_later=True
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,11 @@ class MethodConfig:
         minimum=0.0, maximum=10.0,
     )  # fmt: skip
     gate: str = parameter("elu", "activation of the block gate; none = no gate", choices=GATES)
-    local_loss: str = parameter("l1", "penalty on residues or gates of original-domain tokens", choices=LOCAL_LOSSES)
+    local_loss: str = parameter(
+        "l1",
+        "penalty on residues or gates of original-domain tokens; l1_everywhere: of all tokens",
+        choices=LOCAL_LOSSES,
+    )
     local_loss_weight: float = parameter(5.0, "weight of the local loss in the training loss", minimum=0.0)
     initialisation: str = parameter(
         "low_variance", "variance of W_i, W_g and w: 1/(D·L), or He's 2/D", choices=INITIALISATIONS
@@ -100,6 +108,9 @@ class MethodConfig:
     )
     site: str = parameter("ffn", "block the adapter stands beside", choices=SITES)
     layers: str = parameter("all", "all, first_half, last_half, every_other, or indices such as '0,2,3'")
+    activation: str = parameter(
+        "silu", "activation inside the adapter's gated linear unit", choices=ACTIVATIONS, is_later=True
+    )
     kl_weight: float = parameter(
         0.0, "weight of the KL divergence from the backbone on original-domain tokens (distillation)",
         minimum=0.0, is_later=True,

@@ -178,3 +178,90 @@ def longer_with_kl(profile: str, seeds: Sequence[int], length: float) -> list[Ru
     return [
         arm(profile, method, seed=seed, n_tokens=n_tokens, **options) for method, options in settings for seed in seeds
     ]
+
+
+def budgets(
+    profile: str, extra_ratios: Sequence[float], methods: Sequence[str], seeds: Sequence[int], **changes: Any
+) -> list[RunConfig]:
+    """Methods at every budget of extra weights."""
+    return [
+        arm(profile, method, extra_ratio=ratio, seed=seed, **changes)
+        for method in methods
+        for ratio in extra_ratios
+        for seed in seeds
+    ]
+
+
+# Stand-ins for the original domain, from near to far: what the backbone was trained on, one source of it, and text made
+# by a machine in no language it knows.
+PROXIES: dict[str, dict[str, str]] = {
+    "smoke": {"same language": "synthetic:aurelian/plain", "machine-made": "synthetic:cinnabar"},
+    "laptop": {
+        "five groups": "debian-docs:en/debian+gnome+handbook+installation+libreoffice",
+        "LibreOffice's help": "debian-docs:en/libreoffice",
+        "GNOME's help": "debian-docs:en/gnome",
+        "machine-made": "synthetic:aurelian",
+    },
+}
+
+
+def proxies(profile: str, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
+    """Methods with every stand-in for the original domain and, under `none`, without one; by the stand-in's name."""
+    named = {name: {"proxy": spec} for name, spec in PROXIES[profile].items()} | {"none": {"mix_ratio": 0.0}}
+    return {
+        name: [arm(profile, method, seed=seed, **changes) for method in methods for seed in seeds]
+        for name, changes in named.items()
+    }
+
+
+def small_data(
+    profile: str, new_text_ratios: Sequence[float], methods: Sequence[str], seeds: Sequence[int]
+) -> list[RunConfig]:
+    """Methods on a share of the new domain's text, repeated until the run is as long as any other."""
+    return [
+        arm(profile, method, new_text_ratio=ratio, seed=seed)
+        for method in methods
+        for ratio in new_text_ratios
+        for seed in seeds
+    ]
+
+
+def activations(profile: str, names: Sequence[str], seeds: Sequence[int]) -> list[RunConfig]:
+    """Neutral residues with every activation inside the adapter."""
+    return [arm(profile, "neutral_residues", activation=name, seed=seed) for name in names for seed in seeds]
+
+
+def lengths(profile: str, lengths: Sequence[float], methods: Sequence[str], seeds: Sequence[int]) -> list[RunConfig]:
+    """Methods trained `lengths` times as long as the profile says."""
+    n_tokens = make_config(profile).training.n_tokens
+    return [
+        arm(profile, method, n_tokens=round(length * n_tokens), seed=seed)
+        for method in methods
+        for length in lengths
+        for seed in seeds
+    ]
+
+
+def rates_and_mixes(
+    profile: str, learning_rates: Sequence[float], mix_ratios: Sequence[float], seeds: Sequence[int]
+) -> list[RunConfig]:
+    """Neutral residues at every pair of learning rate and mix ratio."""
+    return [
+        arm(profile, "neutral_residues", learning_rate=rate, mix_ratio=ratio, seed=seed)
+        for rate in learning_rates
+        for ratio in mix_ratios
+        for seed in seeds
+    ]
+
+
+def languages(
+    profile: str, corpora: Sequence[str], methods: Sequence[str], seeds: Sequence[int], length: float = 1.0
+) -> list[RunConfig]:
+    """Methods extending the same backbone to each of several new domains, one at a time, with nothing tuned again."""
+    n_tokens = round(length * make_config(profile).training.n_tokens)
+    return [
+        arm(profile, method, new_domain=corpus, n_tokens=n_tokens, seed=seed)
+        for corpus in corpora
+        for method in methods
+        for seed in seeds
+    ]

@@ -25,7 +25,7 @@ ORIGINAL, NEW, IGNORED = 0, 1, -1  # domain of a token; IGNORED is padding
 
 
 def is_counted(kind: str, domain: Tensor) -> Tensor:
-    """Which tokens or sequences enter a local loss: the original domain's, or for domain_cross_entropy all of them."""
+    """Which tokens or sequences enter a local loss: the original domain's for 'l1', all of them for the other kinds."""
     return domain == ORIGINAL if kind == "l1" else domain != IGNORED
 
 
@@ -43,7 +43,8 @@ class LocalLoss:
     ----------
     model : any module that contains `GatedAdapter`s.
     kind : 'l1', mean over layers and original-domain tokens of ||residue||_1 / D; 'domain_cross_entropy', mean over
-        layers and tokens of the cross-entropy of the gate as a classifier of the new domain; or 'none'.
+        layers and tokens of the cross-entropy of the gate as a classifier of the new domain; 'l1_everywhere', like 'l1'
+        over the tokens of both domains, to see what being local is worth; or 'none'.
     domain : (B,) or (B, T), ORIGINAL, NEW or IGNORED for each sequence or token.
     """
 
@@ -74,7 +75,7 @@ class LocalLoss:
 
     def __enter__(self) -> LocalLoss:
         for adapter in self.adapters:
-            if self.kind == "l1":
+            if self.kind != "domain_cross_entropy":
                 self._handles.append(adapter.register_forward_hook(self._add_l1))
             elif adapter.block_gate is not None:
                 self._handles.append(adapter.block_gate.register_forward_hook(self._add_cross_entropy))
@@ -100,7 +101,7 @@ class LocalLoss:
         return total / count.clamp(min=1)
 
     def _add_l1(self, adapter: nn.Module, inputs: tuple[Tensor, ...], residue: Tensor) -> None:
-        counts = is_counted("l1", _per_token(self.domain, residue)).float()
+        counts = is_counted(self.kind, _per_token(self.domain, residue)).float()
         per_token = residue.float().abs().mean(dim=-1)  # ||residue||_1 / D, (B, T)
         self._keep(adapter, (per_token * counts).sum(), counts.sum())
 

@@ -93,6 +93,7 @@ def neutral_residues(backbone: PreTrainedModel, config: MethodConfig) -> nn.Modu
             local_loss=config.local_loss,
             local_loss_weight=config.local_loss_weight,
             initialisation=config.initialisation,
+            activation=config.activation,
             position=config.position,
             site=config.site,
             layers=config.layers,

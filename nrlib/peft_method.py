@@ -61,6 +61,7 @@ class NeutralResiduesConfig(PeftConfig):
     local_loss: str = _DEFAULTS["local_loss"]
     local_loss_weight: float = _DEFAULTS["local_loss_weight"]
     initialisation: str = _DEFAULTS["initialisation"]
+    activation: str = _DEFAULTS["activation"]
     position: str = _DEFAULTS["position"]
     site: str = _DEFAULTS["site"]
     layers: str | list[int] = _DEFAULTS["layers"]
@@ -78,7 +79,7 @@ class NeutralResiduesConfig(PeftConfig):
             self.layers = ",".join(str(index) for index in self.layers)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
-        for name in ("extra_ratio", "gate", "local_loss", "local_loss_weight", "initialisation", "position", "site"):
+        for name in _FIELDS.keys() & {f.name for f in dataclasses.fields(self)} - {"layers"}:
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             check_value(name, float(value) if is_whole else value, _FIELDS[name])
@@ -126,7 +127,7 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
         """Add an adapter, on the device of the block."""
-        adapter = GatedAdapter(d_model, config.width, n_layers, config.gate, config.initialisation)
+        adapter = GatedAdapter(d_model, config.width, n_layers, config.gate, config.initialisation, config.activation)
         weight = next(self.base_layer.parameters())
         if not any(p.is_meta for p in adapter.parameters()):
             adapter.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)

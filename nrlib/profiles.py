@@ -20,7 +20,8 @@ ALL_METHODS = METHODS + RIVALS
 # equal configurations.
 _WITHOUT_LOCAL_LOSS = {"local_loss": "none", "local_loss_weight": 0.0}
 _WITHOUT_ADAPTER = {
-    "gate": "none", **_WITHOUT_LOCAL_LOSS, "initialisation": "he", "position": "parallel", "site": "ffn", "layers": "all"
+    "gate": "none", **_WITHOUT_LOCAL_LOSS, "initialisation": "he", "position": "parallel", "site": "ffn", "layers": "all",
+    "activation": "silu",
 }  # fmt: skip
 _WITHOUT_PENALTY = {"kl_weight": 0.0, "ewc_weight": 0.0, "interpolation_ratio": 1.0}
 

@@ -91,7 +91,7 @@ def prepare_text(data: DataConfig, backbone: BackboneConfig, progress: bool = Tr
         tokenizer=tokenizer,
         pretraining=stream(training["original"], data.original),
         proxy=stream(training["proxy"], data.proxy) if "proxy" in training else None,
-        new=stream(new.train, data.new_domain),
+        new=stream(_share(new.train, data.new_text_ratio), data.new_domain),
         held_out={name: stream(documents, name) for name, documents in held_out.items()},
         corpora={
             role: _describe(corpus, new if role == "new_domain" else original) for role, corpus in corpora.items()
@@ -185,6 +185,13 @@ def _first(documents: Sequence[Document], n_bytes: int) -> list[Document]:
         chosen.append(Document(document.id, document.source, "\n\n".join(paragraphs), document.licence))
         total += length
     return chosen
+
+
+def _share(documents: Sequence[Document], ratio: float) -> Sequence[Document]:
+    """The part of the documents whose ids' hashes come first: a smaller share lies within a larger one."""
+    if ratio == 1:
+        return documents
+    return sorted(documents, key=lambda d: fingerprint(d.id))[: round(ratio * len(documents))]
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
