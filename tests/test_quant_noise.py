@@ -1,0 +1,374 @@
+"""Quant-Noise: what is quantised, what learns, what lies on disk, and the published claims."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nrlib.companions.quant_noise import QuantNoise, TrainableCodebook, add_noise, ipq, refresh_noise, remove_noise
+from nrlib.companions.quant_noise_files import (
+    compress_matrices,
+    load_compressed,
+    pack_bits,
+    save_compressed,
+    unpack_bits,
+)
+from nrlib.companions.quant_noise_schemes import (
+    IntegerGrid,
+    ProductQuantiser,
+    Proxy,
+    check_weight,
+    compress,
+    join_blocks,
+    split_blocks,
+)
+from nrlib.errors import ConfigError, WeightsError
+
+SCHEMES = [IntegerGrid(8), IntegerGrid(4), IntegerGrid(3, per_row=False), ProductQuantiser(4, 16)]
+NOISES = [*SCHEMES, Proxy(4)]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def a_weight(n_rows=24, n_columns=16, seed=0):
+    return torch.randn(n_rows, n_columns, generator=seeded(seed))
+
+
+def a_layer(n_rows=24, n_columns=16, seed=0):
+    layer = nn.Linear(n_columns, n_rows)
+    with torch.no_grad():
+        layer.weight.copy_(a_weight(n_rows, n_columns, seed))
+    return layer
+
+
+# --- schemes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_by_hand():
+    weight = torch.tensor([[7.0, 3.4, 0.0, -6.6], [0.0, 0.0, 0.0, 0.0]])
+    four = compress(weight, IntegerGrid(4))
+    assert four.table.flatten().tolist() == [1.0, 0.0]
+    assert four.weight().tolist() == [[7, 3, 0, -7], [0, 0, 0, 0]]
+    assert four.codes.tolist() == [14, 10, 7, 0, 7, 7, 7, 7]
+    whole = compress(weight, IntegerGrid(3, per_row=False))  # Q = 3, scale 7/3 in bfloat16
+    scale = float(torch.tensor(7 / 3).bfloat16())
+    assert whole.weight()[0].tolist() == pytest.approx([3 * scale, scale, 0, -3 * scale])
+
+
+@pytest.mark.parametrize("n_bits", range(2, 9))
+def test_a_grid_is_off_by_half_a_step_at_most_and_symmetric(n_bits):
+    weight, grid = a_weight(), IntegerGrid(n_bits)
+    compressed = compress(weight, grid)
+    step = compressed.table.float()
+    # A scale that bfloat16 rounds down (by 2^-8 at most) clips the largest weight.
+    assert ((weight - compressed.weight()).abs() <= step * (0.5 + grid.largest / 256) + 1e-6).all()
+    assert torch.equal(compress(-weight, grid).weight(), -compressed.weight())
+    assert int(compressed.codes.max()) <= 2 * grid.largest < 2**n_bits
+
+
+def test_a_grid_does_not_lose_small_weights():
+    weight = 1e-9 * a_weight()  # their scale is below what float16 has
+    assert torch.allclose(compress(weight, IntegerGrid(8)).weight(), weight, rtol=0, atol=3e-11)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zeros_stay_zeros_exactly(scheme):
+    assert torch.equal(compress(torch.zeros(24, 16), scheme).weight(), torch.zeros(24, 16))
+    if isinstance(scheme, IntegerGrid):
+        weight = a_weight()
+        weight[::3, ::2] = 0
+        assert torch.equal(compress(weight, scheme).weight()[::3, ::2], torch.zeros(8, 8))
+
+
+def test_every_centroid_is_the_mean_of_its_blocks():
+    weight = a_weight(64, 32)
+    compressed = compress(weight, ProductQuantiser(4, 8, n_iterations=60))
+    blocks, table = split_blocks(weight, 4), compressed.table.float()
+    means = torch.stack([blocks[compressed.codes == index].mean(dim=0) for index in range(8)])
+    assert torch.allclose(table, means, atol=0.02)
+    shift = torch.zeros(8, 4)
+    shift[:, 0] = 0.1
+    assert (weight - compressed.weight()).norm() < (blocks - (table + shift)[compressed.codes.long()]).norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_are_the_nearest_and_learning_repeats(scheme):
+    weight = a_weight()
+    compressed = compress(weight, scheme)
+    again = compress(weight, scheme)
+    assert torch.equal(compressed.weight(), again.weight())
+    if isinstance(scheme, ProductQuantiser):
+        blocks, table = split_blocks(weight, 4), compressed.table.float()
+        nearest = ((blocks[:, None] - table[None]) ** 2).sum(-1).argmin(1)
+        assert torch.equal(nearest, compressed.codes.long())
+
+
+def test_blocks_lie_along_the_input_or_else_along_the_output():
+    weight = torch.arange(48.0).reshape(6, 8)
+    assert split_blocks(weight, 4)[0].tolist() == [0, 1, 2, 3]
+    assert split_blocks(weight.T, 4)[0].tolist() == [0, 1, 2, 3]  # 6 columns: 4 divides only the 8 rows
+    for shape, size in (((6, 8), 4), ((8, 6), 4), ((5, 3), 1)):
+        weight = torch.randn(shape)
+        assert torch.equal(join_blocks(split_blocks(weight, size), shape), weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scheme", "message"),
+    [
+        (torch.ones(6, 10), ProductQuantiser(4, 2), r"the layer has the shape \(6, 10\), and block_size = 4 divides neither"),
+        (torch.ones(6, 10), Proxy(4), "block_size = 4 divides neither side"),
+        (torch.ones(8, 8), ProductQuantiser(8, 16), "8 blocks of 8 weights, fewer than n_centroids = 16.*at most 8"),
+        (torch.full((8, 8), math.nan), IntegerGrid(4), "NaN or infinite"),
+        (torch.full((8, 8), math.inf), ProductQuantiser(8, 4), "NaN or infinite"),
+        (torch.ones(8), IntegerGrid(4), r"the shape \(8,\); only matrices"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_quantised_is_named(weight, scheme, message):
+    with pytest.raises(ConfigError, match=message):
+        check_weight("the layer", weight, scheme)
+    if not isinstance(scheme, Proxy):
+        with pytest.raises(ConfigError, match=message):
+            compress(weight, scheme, "the layer")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: IntegerGrid(1), "n_bits = 1"),
+        (lambda: IntegerGrid(9), "n_bits = 9"),
+        (lambda: ProductQuantiser(0), "block_size = 0"),
+        (lambda: ProductQuantiser(8, 257), "n_centroids = 257"),
+        (lambda: ProductQuantiser(8, 1), "n_centroids = 1 "),
+    ],
+)
+def test_options_out_of_range(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_share_of_blocks_is_quantised_and_the_rest_untouched(noise):
+    layer = a_layer(96, 64)
+    weight = layer.weight.detach().clone()
+    add_noise({"layer": layer}, noise, 0.3, seeded())
+    if isinstance(noise, Proxy):
+        target = torch.zeros_like(weight)
+    else:
+        target = compress(weight, noise).weight()
+    noised = layer.weight.detach()
+    size = noise.block_size
+    is_noised = (split_blocks(noised, size) != split_blocks(weight, size)).any(dim=1)
+    assert torch.allclose(split_blocks(noised, size)[is_noised], split_blocks(target, size)[is_noised], atol=1e-6)
+    changes = (split_blocks(target, size) != split_blocks(weight, size)).any(dim=1).float().mean()
+    n_blocks = weight.numel() // size
+    expected, spread = 0.3 * changes, 3 * (0.3 * 0.7 / n_blocks) ** 0.5
+    assert abs(is_noised.float().mean() - expected) < spread
+    assert not torch.equal(layer.weight, noised)  # a new share at every use
+    layer.eval()
+    assert torch.equal(layer.weight, weight)
+    remove_noise([layer])
+    assert torch.equal(layer.weight, weight) and type(layer) is nn.Linear
+
+
+def test_noise_does_not_add_up():
+    """The public implementation overwrites the weight, so that without a step of the optimiser it fades to zeros."""
+    layer = a_layer()
+    weight = layer.weight.detach().clone()
+    add_noise({"layer": layer}, Proxy(4), 0.5, seeded())
+    for _ in range(20):
+        layer(torch.randn(3, 16))
+    remove_noise([layer])
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise_ratio", [0.0, 0.4, 1.0])
+def test_gradients_are_those_of_the_noised_weight(noise, noise_ratio):
+    """Exact where a block was left alone, straight-through where it was not: the identity everywhere."""
+    layer = a_layer()
+    add_noise({"layer": layer}, noise, noise_ratio, seeded())
+    used = []
+    x = torch.randn(5, 16, generator=seeded(1))
+    weight = layer.weight
+    used.append(weight.detach().clone().requires_grad_(True))
+    ((x @ weight.T) ** 3).sum().backward()
+    ((x @ used[0].T) ** 3).sum().backward()
+    assert torch.allclose(layer.parametrizations.weight.original.grad, used[0].grad)
+
+
+def test_noise_follows_from_its_generator():
+    one, other = a_layer(), a_layer()
+    state = torch.random.get_rng_state()
+    for layer in (one, other):
+        add_noise({"layer": layer}, IntegerGrid(3), 0.5, seeded(7))
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_grids_follow_the_weights_and_codebooks_when_refreshed():
+    grid, book = a_layer(), a_layer()
+    add_noise({"grid": grid}, IntegerGrid(2), 1.0)
+    add_noise({"book": book}, ProductQuantiser(4, 16), 1.0)
+    with torch.no_grad():
+        for layer in (grid, book):
+            layer.parametrizations.weight.original.mul_(100)
+    assert torch.allclose(grid.weight, compress(100 * a_weight(), IntegerGrid(2)).weight(), atol=1e-4)
+    stale = (book.weight - 100 * a_weight()).norm()
+    refresh_noise([grid, book, a_layer()])
+    assert (book.weight - 100 * a_weight()).norm() < 0.6 * stale
+
+
+def test_noise_under_autocast_chooses_the_same_centroids():
+    layer = a_layer()
+    add_noise({"layer": layer}, ProductQuantiser(4, 16), 1.0)
+    expected = layer.weight.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight, expected)
+
+
+def test_nothing_is_changed_by_a_mistake():
+    fits, does_not = a_layer(), a_layer(6, 10)
+    for ratio in (-0.1, 1.5, math.nan):
+        with pytest.raises(ConfigError, match="noise_ratio"):
+            add_noise({"fits": fits}, IntegerGrid(4), ratio)
+    with pytest.raises(ConfigError, match="does_not has the shape"):
+        add_noise({"fits": fits, "does_not": does_not}, Proxy(8), 0.5)
+    assert type(fits) is nn.Linear
+    add_noise({"fits": fits}, IntegerGrid(4), 0.5)
+    with pytest.raises(ConfigError, match="fits has noise on its weight already"):
+        add_noise({"fits": fits}, IntegerGrid(4), 0.5)
+
+
+def test_only_matrices_of_linear_layers_change(tiny_model):
+    """On a language model: its other weights, its saved names afterwards, its outputs in evaluation."""
+    model = tiny_model()
+    names = list(model.state_dict())
+    tokens = torch.arange(8)[None]
+    before = model(tokens).logits
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "mlp" in n}
+    add_noise(linears, IntegerGrid(3), 0.5)
+    assert torch.equal(model(tokens).logits, before)
+    model.train()
+    assert not torch.allclose(model(tokens).logits, before)
+    remove_noise(linears.values())
+    assert list(model.state_dict()) == names
+    assert torch.equal(model.eval()(tokens).logits, before)
+
+
+# --- iterative product quantisation -----------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_a_centroid_is_the_mean_over_its_blocks():
+    compressed = compress(a_weight(8, 8), ProductQuantiser(4, 3))
+    module = TrainableCodebook(compressed)
+    codebook = compressed.table.float().requires_grad_(True)
+    weight = module(codebook)
+    assert torch.equal(weight, compressed.weight())
+    factors = torch.randn(8, 8, generator=seeded(2))
+    (weight * factors).sum().backward()
+    blocks = split_blocks(factors, 4)
+    by_hand = torch.stack([blocks[compressed.codes == index].mean(dim=0) for index in range(3)])
+    assert torch.allclose(codebook.grad, by_hand, atol=1e-6)
+
+
+def test_ipq_quantises_group_by_group_and_finetunes_what_is_left():
+    network = nn.Sequential(a_layer(16, 16), nn.ReLU(), a_layer(16, 16, seed=1), nn.ReLU(), a_layer(16, 16, seed=2))
+    network[4].weight.requires_grad_(False)
+    first, second, frozen = network[0], network[2], network[4]
+    x, y = torch.randn(64, 16, generator=seeded(3)), torch.randn(64, 16, generator=seeded(4))
+    seen = []
+
+    def finetune(index):
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(30):
+            loss = ((network(x) - y) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append((loss.item(), [len(split_blocks(m.weight, 4).unique(dim=0)) for m in (first, second, frozen)]))
+
+    start = copy.deepcopy(network)
+    scheme = ProductQuantiser(4, 8)
+    for layer in (0, 2, 4):
+        start[layer].weight.data = compress(start[layer].weight, scheme).weight()
+    compressed = ipq([{"0": first}, {"2": second, "4": frozen}], scheme, finetune)
+    assert seen[0][1] == [8, 64, 64] and seen[1][1] == [8, 8, 8]
+    assert ((network(x) - y) ** 2).mean() < 0.9 * ((start(x) - y) ** 2).mean()
+    for layer, name in ((first, "0"), (second, "2"), (frozen, "4")):
+        assert type(layer) is nn.Linear
+        assert torch.equal(layer.weight, compressed[name].weight())
+        assert compressed[name].table.dtype == torch.float16
+    assert not frozen.weight.requires_grad and first.weight.requires_grad
+
+
+def test_ipq_refuses_before_it_begins():
+    fits, does_not = a_layer(), a_layer(6, 10)
+    with pytest.raises(ConfigError, match="does_not"):
+        ipq([{"fits": fits}, {"does_not": does_not}], ProductQuantiser(8, 4), lambda _: pytest.fail("finetuned"))
+    assert type(fits) is nn.Linear
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_bits", range(1, 9))
+def test_codes_are_packed_without_waste(n_bits):
+    codes = torch.randint(2**n_bits, (101,), generator=seeded(), dtype=torch.uint8)
+    packed = pack_bits(codes, n_bits)
+    assert len(packed) == -(-101 * n_bits // 8)
+    assert torch.equal(unpack_bits(packed, n_bits, 101), codes)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, ProductQuantiser(8, 12)])
+def test_what_is_loaded_is_what_was_compressed_at_the_size_of_the_formula(scheme, tmp_path):
+    tensors = {"a.weight": a_weight(64, 48), "a.bias": torch.randn(64), "a.gate": a_weight(1, 48)}
+    compressed = compress_matrices(tensors, scheme)
+    path = tmp_path / "weights.safetensors"
+    n_bytes = save_compressed(compressed, path)
+    assert n_bytes == path.stat().st_size
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    n_weights, table = 64 * 48, compressed["a.weight"].table.numel()
+    assert n_bytes - header == n_weights * scheme.n_bits // (8 * scheme.block_size) + 2 * table + 2 * (64 + 48)
+    loaded = load_compressed(path)
+    assert set(loaded) == set(tensors)
+    assert torch.equal(loaded["a.weight"], compress(tensors["a.weight"], scheme).weight())
+    assert torch.equal(loaded["a.gate"], tensors["a.gate"].half().float())
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
+
+
+def test_what_is_kept_is_not_quantised(tmp_path):
+    tensors = {"block_gate.weight": a_weight(2, 48), "w": a_weight(64, 48)}
+    compressed = compress_matrices(tensors, IntegerGrid(4), keep="block_gate")
+    assert isinstance(compressed["block_gate.weight"], torch.Tensor)
+    assert not isinstance(compressed["w"], torch.Tensor)
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_compressed(path)
+    save_file({"w": torch.ones(2)}, path)
+    with pytest.raises(WeightsError, match="not a file of compressed weights"):
+        load_compressed(path)
+    save_compressed({"w": compress(a_weight(), IntegerGrid(4))}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_compressed(path)
+    path.write_bytes(whole)
+    described = {"w": {"kind": "integer_grid", "shape": [24, 32], "n_bits": 4, "per_row": True}}
+    save_file(load_file(path), path, {"format": "nrlib.quant_noise/1", "weights": json.dumps(described)})
+    with pytest.raises(WeightsError, match="192 bytes do not hold 768 codes"):
+        load_compressed(path)
