@@ -108,7 +108,7 @@ def refresh_noise(linears: Iterable[nn.Linear]) -> None:
     """Learn all codebooks anew, as the paper does from time to time; the scales of a grid always are."""
     for linear in linears:
         if parametrize.is_parametrized(linear, "weight"):
-            parametrisations: Any = linear.parametrizations["weight"]
+            parametrisations = _parametrisations(linear)
             parametrisations[0].refresh(parametrisations.original)
 
 
@@ -117,6 +117,12 @@ def remove_noise(linears: Iterable[nn.Linear]) -> None:
     for linear in linears:
         if parametrize.is_parametrized(linear, "weight"):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+
+
+def _parametrisations(linear: nn.Linear) -> Any:
+    """What stands before the weight: indexed, the modules; `original`, the parameter that is trained."""
+    weights: Any = linear.parametrizations
+    return weights["weight"]
 
 
 class _LookUp(torch.autograd.Function):
@@ -129,7 +135,7 @@ class _LookUp(torch.autograd.Function):
         return codebook[codes]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (codes,) = ctx.saved_tensors
         total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)
         counts = codes.bincount(minlength=ctx.n_centroids).clamp(min=1)
@@ -189,7 +195,7 @@ def ipq(
 @torch.no_grad()
 def _take(linear: nn.Linear) -> Compressed:
     """The finetuned codebook with its codes; the layer becomes a plain one."""
-    parametrisations: Any = linear.parametrizations["weight"]
+    parametrisations = _parametrisations(linear)
     codebook = parametrisations.original
     compressed = replace(parametrisations[0].compressed, table=codebook.detach().to(torch.float16))
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)

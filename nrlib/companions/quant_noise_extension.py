@@ -44,6 +44,19 @@ FORMS = ("float32", "float16", *GRIDS, "pq", "ipq")
 MEASURED = ("unseen_original", "new")
 
 
+# What the chapter compares: half of the weights on a grid, as in the paper, or a tenth of the codebook's blocks.
+TRAININGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "int3": {"noise": "int3", "noise_ratio": 0.5},
+    "pq": {"noise": "pq", "noise_ratio": 0.1},
+}
+
+
+def extension_settings(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Every training in `TRAININGS` with every seed, for `run_study`."""
+    return [{**options, "seed": seed, "profile": profile} for options in TRAININGS.values() for seed in seeds]
+
+
 def extension_study(
     *, seed: int, profile: str = "smoke", noise: str = "none", noise_ratio: float = 0.0
 ) -> dict[str, Any]:
@@ -69,7 +82,7 @@ def extension_study(
     quantiser = codebook_for(linears)
     hooks = Hooks()
     if noise != "none":
-        kinds = {**GRIDS, "pq": quantiser, "proxy": Proxy(BLOCK_SIZE)}
+        kinds: dict[str, Any] = {**GRIDS, "pq": quantiser, "proxy": Proxy(BLOCK_SIZE)}
         add_noise(linears, kinds[noise], noise_ratio, torch.Generator().manual_seed(seed))
         every = max(1, make_batches(config, text).n_steps // N_REFRESHES)
         hooks = Hooks(log=lambda step, _: refresh_noise(linears.values()) if step % every == 0 else None)
@@ -135,8 +148,8 @@ def in_form(tensors: Mapping[str, Tensor], form: Any) -> dict[str, Tensor | Comp
 
 
 def extension_table(results: Sequence[Mapping[str, Any]], references: Sequence[Record]) -> pd.DataFrame:
-    """One row for each result and form: noise, seed, kB, forgetting, learning (relative to the references' fine-tuning) and
-    mean residues; of float32 without noise come also the changes, over the same seed."""
+    """One row for each result and form: noise, seed, size, forgetting, learning (relative to the references' fine-tuning)
+    and mean residues on the original and the new domain."""
     fine_tuning = results_table(references)["bits_per_byte_new"].mean()
     rows = []
     for result in results:
@@ -146,7 +159,7 @@ def extension_table(results: Sequence[Mapping[str, Any]], references: Sequence[R
             rows.append(
                 {
                     "noise": result["noise"], "seed": result["seed"], "form": form, "kB": measured["n_bytes"] / 1000,
-                    "bits per weight": 8 * measured["n_bytes"] / result["n_adapter_weights"],
+                    "bits_per_weight": 8 * measured["n_bytes"] / result["n_adapter_weights"],
                     "forgetting": forgetting(bits["unseen_original"], backbone["unseen_original"]),
                     "learning": learning(bits["new"], backbone["new"], fine_tuning),
                     "residue_original": measured["mean_residue"]["unseen_original"],
@@ -155,6 +168,24 @@ def extension_table(results: Sequence[Mapping[str, Any]], references: Sequence[R
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def extension_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, lowest and highest, for each training and form, as `nrlib.tables.readable` takes it."""
+    summary = table.groupby(["noise", "form"], sort=False).agg(
+        seeds=("seed", "nunique"),
+        kB=("kB", "mean"),
+        bits_per_weight=("bits_per_weight", "mean"),
+        forgetting=("forgetting", "mean"),
+        forgetting_min=("forgetting", "min"),
+        forgetting_max=("forgetting", "max"),
+        learning=("learning", "mean"),
+        learning_min=("learning", "min"),
+        learning_max=("learning", "max"),
+        residue_original=("residue_original", "mean"),
+        residue_new=("residue_new", "mean"),
+    )
+    return summary.round({"kB": 1, "bits_per_weight": 2}).reset_index()
 
 
 def _train(model: nn.Module, config: RunConfig, text: PreparedText, hooks: Hooks | None = None) -> None:

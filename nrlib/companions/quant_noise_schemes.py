@@ -172,6 +172,14 @@ def compress(weight: Tensor, scheme: Scheme, name: str = "The weight") -> Compre
     return Compressed(scheme, tuple(weight.shape), scheme.encode(weight, table), table)
 
 
+def bits_per_weight(scheme: Scheme, shape: Sequence[int]) -> float:
+    """Codes and table of a weight (O, I), in bits over its weights."""
+    n_weights = shape[0] * shape[1]
+    if isinstance(scheme, IntegerGrid):
+        return scheme.n_bits + 16 * (shape[0] if scheme.per_row else 1) / n_weights
+    return scheme.n_bits / scheme.block_size + 16 * scheme.n_centroids * scheme.block_size / n_weights
+
+
 def split_blocks(weight: Tensor, block_size: int) -> Tensor:
     """Blocks (n_blocks, block_size) of a weight (O, I)."""
     along_input = weight.shape[1] % block_size == 0

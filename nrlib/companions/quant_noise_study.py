@@ -8,10 +8,12 @@ two tokens can learn it completely, and its perplexity is summed over all contex
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
+from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +32,60 @@ SCHEMES: dict[str, Scheme] = {
     "pq": ProductQuantiser(8, 64),
 }
 NOISES: dict[str, Any] = {**SCHEMES, "proxy": Proxy(8)}
+
+
+# What the chapter compares: its name, and the arguments of `markov_study`.
+TRAININGS: dict[str, dict[str, Any]] = {
+    "without noise": {},
+    "3-bit noise on half": {"noise": "int3", "noise_ratio": 0.5},
+    "3-bit noise on all": {"noise": "int3", "noise_ratio": 1.0},
+    "zeros in a fifth": {"noise": "proxy", "noise_ratio": 0.2},
+    "codebook noise on a fifth": {"noise": "pq", "noise_ratio": 0.2},
+    "codebook noise on all": {"noise": "pq", "noise_ratio": 1.0},
+    "the same, fresh codebooks": {"noise": "pq", "noise_ratio": 1.0, "refresh_every": 100},
+}
+
+
+def markov_settings(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Every training in `TRAININGS` with every seed, for `run_study`; on the smoke profile far too short to show much."""
+    n_steps = 100 if profile == "smoke" else 1200
+    return [{**options, "seed": seed, "n_steps": n_steps} for options in TRAININGS.values() for seed in seeds]
+
+
+def markov_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for each result: its training, its seed and every perplexity."""
+    names = {_key({**_DEFAULTS, **options}): name for name, options in TRAININGS.items()}
+    rows = [
+        {
+            "training": names[_key(r)],
+            "seed": r["seed"],
+            **r["perplexity"],
+            "seconds": r["seconds"],
+            "device": r["device"],
+        }
+        for r in results
+    ]
+    return pd.DataFrame(rows)
+
+
+def readable_perplexities(table: pd.DataFrame) -> Styler:
+    """Lowest and highest perplexity over the seeds for each training and compression."""
+    columns = ["float", *SCHEMES, "ipq"]
+    rows = {name: group[columns].agg(_span) for name, group in table.groupby("training", sort=False)}
+    shown = pd.DataFrame(rows).T.rename_axis("training").reset_index()
+    return shown.style.hide(axis="index")
+
+
+def _span(values: pd.Series[float]) -> str:
+    low, high = (f"{value:.2f}" if value < 1000 else f"{value:.0e}" for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+_DEFAULTS = {"noise": "none", "noise_ratio": 0.0, "refresh_every": 300}
+
+
+def _key(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(options[name] for name in _DEFAULTS)
 
 
 def markov_study(
