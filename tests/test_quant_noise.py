@@ -518,6 +518,15 @@ def test_noise_trains_the_adapters_of_a_run_and_nothing_else(small_config):
     assert any(not torch.equal(models[0][n], models[1][n]) for n in models[0])
 
 
+def test_codebooks_are_learnt_anew_at_even_intervals(monkeypatch):
+    seen = []
+    monkeypatch.setattr(extension, "refresh_noise", lambda linears: seen.append(step))
+    hook = extension._refreshes({}, 400)
+    for step in (1, 16, 32, 48, 64, 80, 81, 119, 160, 400):  # an accelerator's readings, not every step
+        hook(step, {})
+    assert seen == [48, 80, 160, 400]
+
+
 def test_an_extension_is_trained_shipped_and_measured():
     results = extension.extension_study(seed=0, **extension.TRAININGS["pq"])
     assert tuple(results["forms"]) == extension.FORMS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,7 @@ def extension_study(
     if noise != "none":
         kinds: dict[str, Any] = {**GRIDS, "pq": quantiser, "proxy": Proxy(BLOCK_SIZE)}
         add_noise(linears, kinds[noise], noise_ratio, torch.Generator().manual_seed(seed))
-        every = max(1, make_batches(config, text).n_steps // N_REFRESHES)
-        hooks = Hooks(log=lambda step, _: refresh_noise(linears.values()) if step % every == 0 else None)
+        hooks = Hooks(log=_refreshes(linears, make_batches(config, text).n_steps))
     _train(model, config, text, hooks)
     remove_noise(linears.values())
     tensors = adapter_tensors(model)
@@ -186,6 +185,19 @@ def extension_summary(table: pd.DataFrame) -> pd.DataFrame:
         residue_new=("residue_new", "mean"),
     )
     return summary.round({"kB": 1, "bits_per_weight": 2}).reset_index()
+
+
+def _refreshes(linears: Mapping[str, nn.Linear], n_steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    """A hook that learns new codebooks `N_REFRESHES` times; on an accelerator it is not called after every step."""
+    every, n_done = max(1, n_steps // N_REFRESHES), 0
+
+    def log(step: int, _: Mapping[str, float]) -> None:
+        nonlocal n_done
+        if step // every > n_done:
+            n_done = step // every
+            refresh_noise(linears.values())
+
+    return log
 
 
 def _train(model: nn.Module, config: RunConfig, text: PreparedText, hooks: Hooks | None = None) -> None:
