@@ -7,15 +7,18 @@ inside scikit-learn, so nothing is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import ConfigError
 from .joint_reduction import Array, JointReduction, count_words, learn_vocabulary, normalise, same_object_precision
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESULT_VERSION = 1
 PIECE = 48  # side of a piece of a photograph, in pixels
@@ -71,15 +74,31 @@ def image_search(
 
 
 def image_searches(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Settings for `run_study`: the artificial set with every seed, and from profile `laptop` on the pictures too."""
+    """Settings for `run_study`: every source with every seed; at profile `smoke` the pictures with the first seed only."""
     small = {"n_words": 32, "n_held_out": 400, "n_dimensions": [8, 16, 32]}
     full = {"n_words": 256, "n_held_out": 3000, "n_dimensions": [16, 32, 64, 128]}
-    sources = ["synthetic"] if profile == "smoke" else list(SOURCES)
+    size = small if profile == "smoke" else full
     return [
-        {"seed": seed, "source": source, **(small if profile == "smoke" else full)}
-        for source in sources
-        for seed in seeds
+        {"seed": seed, "source": source, **size}
+        for source in SOURCES
+        for seed in (seeds[:1] if profile == "smoke" and source != "synthetic" else seeds)
     ]
+
+
+SIZES = ("one", "large", "two", "four", "kinds")  # the sets of vocabularies, in the order of a result's rows
+
+
+def image_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The rows of all results with their source and seed; `size` names the set of vocabularies whatever its n_words."""
+    import pandas as pd
+
+    rows = [{"source": result["source"], "seed": result["seed"], **row} for result in results for row in result["rows"]]
+    sizes = {(r["source"], name): size for r in results for name, size in zip(_names(r), SIZES, strict=False)}
+    return pd.DataFrame([{"size": sizes[row["source"], row["vocabularies"]], **row} for row in rows])
+
+
+def _names(result: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["vocabularies"] for row in result["rows"]))
 
 
 def _measure(images: ImageSet, kind: str, n_words: int, index: int, seed: int) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@ others, by vectors of the backbone and of extended models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .joint_reduction import Array, JointReduction, normalise, similarities
 from .joint_reduction_text import encode, mean_states, parallel_paragraphs, token_histogram
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 RESULT_VERSION = 1
@@ -136,6 +137,15 @@ def paragraph_searches(profile: str, methods: Sequence[str], seeds: Sequence[int
     """Settings for `run_study`: the backbone once, every method with every seed."""
     runs = [("backbone", seeds[0]), *((method, seed) for method in methods for seed in seeds)]
     return [{"seed": seed, "method": method, "profile": profile} for method, seed in runs]
+
+
+def search_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The rows of all results with their method and seed."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [{"method": result["method"], "seed": result["seed"], **row} for result in results for row in result["rows"]]
+    )
 
 
 def _sequences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
