@@ -25,6 +25,7 @@ import yaml
 
 from .config import flat_values, make_config, parameters
 from .errors import NrlibError
+from .guide import guide_tables
 from .pages import check_pages
 from .profiles import PROFILES
 from .storage import atomic_directory, project_directory
@@ -159,6 +160,9 @@ def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
 
         for name, text in {**paper_pages(), "plan-check.md": comparison_page()}.items():
             (generated / name).write_text(text, encoding="utf-8")
+    if (source / "book" / "choose.md").exists():
+        for name, text in guide_tables().items():
+            (generated / f"{name}.md").write_text(text, encoding="utf-8")
     for name, figures in SHARED_FIGURES.items():
         if name in executed:
             for figure in figures:

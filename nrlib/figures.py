@@ -185,23 +185,75 @@ def placement_map(table: pd.DataFrame) -> Figure:
     """Forgetting and learning of every placement, one row a placement, each seed a point, the mean a bar."""
     layers = table["layers"].str.replace(r"^(?=\d)", "layers ", regex=True).str.replace("_", " ")
     table = table.assign(placement=table["site"] + ", " + table["position"] + ", " + layers)
-    order = table.groupby("placement")["learning"].mean().sort_values().index
+    table = table.assign(beside="beside " + table["site"].replace({"ffn": "the FFN"}))
+    return rows(table, "placement", "beside", list(table.groupby("placement")["learning"].mean().sort_values().index))
+
+
+def rows(table: pd.DataFrame, by: str, kind: str, order: Sequence[str]) -> Figure:
+    """Learning and forgetting, one row for each value of the column `by` from the bottom up, a colour and a marker for
+    each value of `kind`, each seed a point, the mean a bar."""
     place = {name: index for index, name in enumerate(order)}
     with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 0.33 * len(order) + 1.2), layout="constrained")
+        figure = _Picture(figsize=(9, 0.33 * len(order) + 1.4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for ax, metric in zip(axes, ("learning", "forgetting"), strict=True):
-            for index, (site, group) in enumerate(table.groupby("site")):
+            for index, (name, group) in enumerate(table.groupby(kind, sort=False)):
                 ax.scatter(
-                    group[metric], group["placement"].map(place), color=_PALETTE[index], marker=_MARKERS[index],
-                    s=32, edgecolor="white", linewidth=0.5, label=f"beside {site.replace('ffn', 'the FFN')}", zorder=3,
+                    group[metric], group[by].map(place), color=_PALETTE[index], marker=_MARKERS[index],
+                    s=32, edgecolor="white", linewidth=0.5, label=str(name), zorder=3,
                 )  # fmt: skip
-            means = table.groupby("placement")[metric].mean()
+            means = table.groupby(by)[metric].mean()
             ax.scatter(means, [place[name] for name in means.index], marker="|", s=160, color="black", zorder=2)
             ax.set_xlabel(f"{metric} ({'left' if metric == 'forgetting' else 'right'} is better)")
             _percent(ax, x=True)
         axes[0].set_yticks(range(len(order)), order)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def layer_changes(changes: pd.DataFrame) -> Figure:
+    """How far each layer's output has moved from the backbone's, one line a method."""
+    with mpl.rc_context(_STYLE):
+        figure = _Picture(figsize=(6.4, 3.2), layout="constrained")
+        ax = figure.subplots()
+        for method, group in changes.groupby("method", sort=False):
+            color, marker = METHOD_STYLE[str(method)]
+            ax.plot(group["layer"], group["change"], color=color, marker=marker, label=LABELS[str(method)])
+        ax.set_xticks(sorted(changes["layer"].unique()))
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(_PERCENT)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("‖h′ − h‖ / ‖h‖ on old text")
+        figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def gates_over_text(gates: pd.DataFrame, n_columns: int = 78) -> Figure:
+    """A text once for each layer, every token on a ground as dark as its gate is open (|gate| over the text's largest)."""
+    first = gates[gates["layer"] == gates["layer"].min()].sort_values("position")
+    tokens = [str(token).replace("\n", " ").replace("\ufffd", "?") for token in first["token"]]
+    places, column, line = [], 0, 0
+    for token in tokens:
+        if column + len(token) > n_columns:
+            column, line = 0, line + 1
+        places.append((column, -line))
+        column += len(token)
+    layers = sorted(gates["layer"].unique())
+    largest = max(float(gates["gate"].abs().max()), 1e-9)
+    with mpl.rc_context(_STYLE):
+        figure = _Picture(figsize=(9, 0.33 * (line + 1.6) * len(layers)), layout="constrained")
+        for ax, layer in zip(np.atleast_1d(figure.subplots(len(layers), 1)), layers, strict=True):
+            values = gates[gates["layer"] == layer].sort_values("position")["gate"].abs() / largest
+            for (x, y), token, value in zip(places, tokens, values, strict=True):
+                ground = mpl.colormaps["Oranges"](0.75 * value) if value > 0 else "white"
+                ax.add_patch(mpl.patches.Rectangle((x, y - 0.45), len(token), 0.9, color=ground))
+                ax.text(
+                    x + len(token) / 2, y, token.strip(), ha="center", va="center", family="monospace", fontsize=8.5
+                )
+            ax.set(xlim=(0, n_columns), ylim=(-line - 0.6, 0.6), xticks=[], yticks=[])
+            ax.grid(visible=False)
+            ax.spines[["left", "bottom"]].set_visible(False)
+            ax.set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center")
     return figure
 
 

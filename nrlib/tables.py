@@ -191,14 +191,16 @@ def readable_costs(costs: pd.DataFrame) -> Styler:
     return shown.style.format(formats, na_rep="–").hide(axis="index")
 
 
-def curves_table(records: Sequence[Record]) -> pd.DataFrame:
-    """Learning curves: one row a run and measured point, validation bits per byte."""
-    rows = [
-        {"run_id": r.run_id, "method": r.config["method"]["method"], "seed": r.config["seed"], **point}
-        for r in records
-        for point in r.curve
-        if "bits_per_byte_new_validation" in point
-    ]
+def curves_table(records: Sequence[Record], *, from_backbone: bool = False) -> pd.DataFrame:
+    """Learning curves: one row a run and measured point, validation bits per byte; `from_backbone` begins each with the
+    backbone's."""
+    rows = []
+    for r in records:
+        run = {"run_id": r.run_id, "method": r.config["method"]["method"], "seed": r.config["seed"]}
+        if from_backbone:
+            before = r.results["backbone_bits_per_byte"]
+            rows.append(run | {"n_tokens": 0} | {f"bits_per_byte_{n}": before[n] for n in before if "validation" in n})
+        rows += [run | point for point in r.curve if "bits_per_byte_new_validation" in point]
     return pd.DataFrame(rows)
 
 

@@ -75,7 +75,7 @@ def small_book(tmp_path: Path) -> Path:
 def test_contents_name_existing_files() -> None:
     root = project_directory()
     names = book.notebooks_in_contents(root)
-    assert names[:2] == ["quickstart", "methods"]
+    assert names[:2] == ["forgetting", "capacity"]
     assert all((root / "notebooks" / f"{name}.ipynb").exists() for name in names)
 
 
