@@ -249,12 +249,23 @@ def test_taking_off_each_languages_mean_undoes_a_shift_between_them():
         "original": [shared[:30]], "new": [shared[:30] + shift],
         "original, held out": [shared[30:]], "new, held out": [shared[30:] + shift],
     }  # fmt: skip
-    found = {}
-    for is_centred in (False, True):
-        index = ParagraphIndex.learn(measured, 4, "none", is_centred)
+
+    def found(reduction, is_centred, exponent=1.0):
+        index = ParagraphIndex.learn(measured, 4, reduction, is_centred, exponent)
         original, new = (index.vectors(measured[name], name) for name in ("original", "new"))
-        found[is_centred] = reciprocal_ranks(new, original).mean()
-    assert found[True] == 1.0 and found[False] < 0.5
+        return reciprocal_ranks(new, original).mean()
+
+    assert found("none", True) == found("whitened", True) == 1.0
+    assert found("none", False) < 0.5
+
+
+def test_the_mean_that_is_taken_off_is_of_what_it_is_taken_off():
+    """Roots of histograms: their own mean, not that of the counts."""
+    counts = np.random.default_rng(0).poisson(3.0, size=(80, 6)).astype(float)
+    names = ("original", "new", "original, held out", "new, held out")
+    index = ParagraphIndex.learn({name: [counts] for name in names}, 4, "none", exponent=0.5)
+    roots = normalise(counts)
+    assert index.vectors([counts], "new") == pytest.approx(normalise(roots - roots.mean(axis=0), 1.0))
 
 
 def test_one_search_of_paragraphs_end_to_end():

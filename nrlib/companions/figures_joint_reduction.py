@@ -44,7 +44,13 @@ def precision_by_dimensions(rows: pd.DataFrame, reductions: tuple[str, ...] = ("
             ax.set_xlabel(f"dimensions kept, {_SOURCES[source]}")
         axes[0].set_ylabel("mean average precision (up is better)")
         labelled = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=5, frameon=False)
+        figure.legend(
+            labelled.values(),
+            labelled.keys(),
+            loc="outside upper center",
+            ncols=5 if len(sources) > 1 else 2,
+            frameon=False,
+        )
     return figure
 
 
