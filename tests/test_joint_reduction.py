@@ -16,8 +16,8 @@ from nrlib.companions.joint_reduction import (
     same_object_precision,
     similarities,
 )
-from nrlib.companions.joint_reduction_images import SOURCES, image_search, image_searches
-from nrlib.companions.joint_reduction_search import ParagraphIndex, paragraph_search, reciprocal_ranks
+from nrlib.companions.joint_reduction_images import SOURCES, image_search, image_searches, image_table
+from nrlib.companions.joint_reduction_search import ParagraphIndex, paragraph_search, reciprocal_ranks, search_table
 from nrlib.companions.joint_reduction_text import (
     aligned_pairs,
     encode,
@@ -26,8 +26,10 @@ from nrlib.companions.joint_reduction_text import (
     parallel_paragraphs,
     token_histogram,
 )
+from nrlib.companions.study import published_studies
 from nrlib.corpora.documents import Document
 from nrlib.errors import ConfigError, CorpusError
+from nrlib.storage import project_directory
 
 
 def draw(*shape, seed=0):
@@ -290,3 +292,75 @@ def test_one_search_of_paragraphs_end_to_end():
     assert precision(backbone, "all layers", "old_index") == precision(backbone, "all layers", "original")
     # nothing below the first adapter moves
     assert precision(backbone, "embeddings", "original") == precision(extended, "embeddings", "original")
+
+
+# --- what the page says, held against the published records -------------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch):
+    monkeypatch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
+    return published_studies
+
+
+def test_published_thresholds_of_the_artificial_images(published):
+    table = image_table(published(image_search))
+    for seed in (0, 1, 2):
+        chosen = table[(table["source"] == "synthetic") & (table["seed"] == seed)]
+        at = chosen[chosen["n_dimensions"].isin([64, 256, 1024])].set_index(["size", "reduction"])[
+            "mean_average_precision"
+        ]
+        assert at["four", "whitened"] >= at["one", "whitened"] + 0.03
+        assert at["four", "whitened"] >= at["large", "whitened"] + 0.1
+        assert at["four", "whitened"] >= at["four", "pca"] + 0.005
+        assert abs(at["one", "none"] - at["large", "none"]) < 0.04
+
+
+def test_on_pictures_joining_helps_and_whitening_does_not(published):
+    table = image_table(published(image_search))
+    at_64 = table[(table["n_dimensions"] == 64) & (table["reduction"] != "none")]
+    for source in ("photographs", "digits"):
+        chosen = at_64[at_64["source"] == source]
+        assert chosen["seed"].nunique() == 3
+        at = chosen.groupby(["size", "reduction"])["mean_average_precision"].agg(["min", "max"])
+        assert at["min"]["four", "pca"] > at["max"]["one", "pca"] + 0.02
+        assert at["min"]["kinds", "pca"] > at["max"]["four", "pca"] - 0.005
+        for size in ("one", "four", "kinds"):
+            assert at["max"][size, "whitened"] < at["min"][size, "pca"]
+
+
+def test_neutral_residues_leave_the_old_languages_vectors_and_help_no_search(published):
+    results = published(paragraph_search)
+    by_method = {m: [r for r in results if r["method"] == m] for m in ("backbone", "neutral_residues", "fine_tuning")}
+    assert [len(found) for found in by_method.values()] == [1, 3, 3]
+    table = search_table(results)
+    joint = table[(table["vector"] == "all layers") & (table["reduction"] == "whitened") & table["is_centred"]]
+    at = joint.groupby(["method", "search"])["mean_average_precision"].agg(["min", "max"])
+    old = at["min"]["backbone", "original"]
+    for search in ("original", "old_index"):
+        assert (
+            old - 0.006 < at["min"]["neutral_residues", search] <= at["max"]["neutral_residues", search] < old + 0.006
+        )
+    assert at["max"]["neutral_residues", "translation"] < at["min"]["backbone", "translation"]
+    assert at["max"]["neutral_residues", "new"] < at["min"]["backbone", "new"] + 0.006
+    for result in by_method["neutral_residues"]:
+        assert (
+            result["cosine_to_backbone"]["original, whitened"]
+            > 0.99
+            > 0.7
+            > result["cosine_to_backbone"]["new, whitened"]
+        )
+
+
+def test_between_languages_whitening_makes_the_short_vector_work(published):
+    (backbone,) = (result for result in published(paragraph_search) if result["method"] == "backbone")
+    found = {
+        (row["vector"], row["reduction"], row["is_centred"]): row["mean_average_precision"]
+        for row in backbone["rows"]
+        if row["search"] == "translation"
+    }
+    plain, centred = (found["all layers", "whitened", is_centred] for is_centred in (False, True))
+    assert found["all layers", "pca", False] < 0.1 < 0.3 < plain < centred
+    assert found["layer 4", "whitened", True] < found["all layers", "none", True] + 0.05 < centred
+    assert centred < found["embeddings", "whitened", True] < found["tokens", "none", True]
+    assert found["tokens", "whitened", True] < centred
