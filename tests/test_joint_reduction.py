@@ -343,6 +343,11 @@ def test_neutral_residues_leave_the_old_languages_vectors_and_help_no_search(pub
         )
     assert at["max"]["neutral_residues", "translation"] < at["min"]["backbone", "translation"]
     assert at["max"]["neutral_residues", "new"] < at["min"]["backbone", "new"] + 0.006
+    # fine-tuning, the contrast: translations a little nearer, the old language's vectors gone from where they were
+    assert at["min"]["fine_tuning", "translation"] > at["max"]["backbone", "translation"]
+    assert at["max"]["fine_tuning", "original"] < old - 0.015
+    assert at["max"]["fine_tuning", "old_index"] < 0.02
+    assert max(r["cosine_to_backbone"]["original, whitened"] for r in by_method["fine_tuning"]) < 0.25
     for result in by_method["neutral_residues"]:
         assert (
             result["cosine_to_backbone"]["original, whitened"]

@@ -70,7 +70,13 @@ def searches_by_model(rows: pd.DataFrame) -> Figure:
             backbone = chosen.loc[chosen["method"] == "backbone", "mean_average_precision"].mean()
             ax.axhline(backbone, color="black", linewidth=1.2, linestyle="--")
             ax.annotate(
-                "backbone", (0.02, backbone), (0, 3), ax.get_yaxis_transform(), textcoords="offset points", fontsize=9
+                "backbone",
+                (0.99, backbone),
+                (0, 3),
+                ax.get_yaxis_transform(),
+                textcoords="offset points",
+                fontsize=9,
+                ha="right",
             )
             for place, method in enumerate(methods):
                 color, marker = METHOD_STYLE[method]
