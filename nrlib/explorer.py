@@ -31,9 +31,9 @@ class Dial:
     parameters: tuple[str, ...]
 
     def value(self, values: Mapping[str, Any]) -> Any:
-        """Where the dial stands for these parameters: their value, or their values with a comma."""
+        """Where the dial stands for these parameters: their value, or their values side by side."""
         found = [values[name] for name in self.parameters]
-        return found[0] if len(found) == 1 else ", ".join(map(str, found))
+        return found[0] if len(found) == 1 else " ".join(map(str, found))
 
 
 DIALS = (
@@ -199,7 +199,7 @@ def _is_possible(profile: str, method: str, positions: Sequence[tuple[Dial, Any]
 
 def _changes(positions: Sequence[tuple[Dial, Any]]) -> Iterator[tuple[str, Any]]:
     for dial, value in positions:
-        yield from zip(dial.parameters, [value] if len(dial.parameters) == 1 else value.split(", "), strict=True)
+        yield from zip(dial.parameters, [value] if len(dial.parameters) == 1 else value.split(), strict=True)
 
 
 def explorer_data(records: Sequence[Record]) -> dict[str, Any]:

@@ -58,11 +58,11 @@ def write_files(folder: Path, data: Mapping[str, Any]) -> None:
     labels = {setting["id"]: label(setting) for setting in data["settings"]}
     plot = explorer_plot.specification(shown, data["methods"], labels)
     rows = run_rows(list(published_records()))
-    live = {**plot, "width": "container", "height": "container", "autosize": {"type": "fit", "contains": "padding"}}
-    script = json.dumps({**data, "labels": labels, "ticks": explorer_plot.TICKS, "plot": {**live, "datasets": dict.fromkeys(plot["datasets"], [])}})
+    fit = {"autosize": {"type": "fit", "contains": "padding"}, "datasets": {name: [] for name in plot["datasets"]}}
+    page = {**data, "labels": labels, "ticks": explorer_plot.TICKS, "plot": {**plot, **fit}}
     files = {
         "plane.svg": vl_convert.vegalite_to_svg(plot),
-        "data.js": f"window.explorerData = {script};\n",
+        "data.js": f"window.explorerData = {json.dumps(page)};\n",
         "records.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n",
         "records.csv": pd.DataFrame(rows).to_csv(index=False),
         "vega.js": _vega(),
@@ -103,6 +103,7 @@ def plane(data: Mapping[str, Any], root: str, alternative: str) -> str:
         '<form class="explorer-dials" aria-label="Which runs are shown">',
         '<fieldset class="explorer-methods"><legend>method</legend>',
         *(_method(name) for name in data["methods"]),
+        '<span><button type="button" data-every="true">all</button> <button type="button" data-every="false">none</button></span>',
         "</fieldset>",
         _select("profile", "profile", profiles, selected=first),
         *(_dial(name, list(values)) for name, values in data["dials"].items()),

@@ -57,7 +57,7 @@ def specification(
     names = list(methods)
     axes = {"x": _axis("learning", "left", "right"), "y": _axis("forgetting", "bottom", "top")}
     axes["x"]["axis"] |= {"tickCount": {"expr": "width / 80"}}
-    axes["x"]["title"] = "learning: share of fine-tuning's gain (right is better)"
+    axes["x"]["title"] = "learning (right is better)"
     axes["y"] |= {"title": "forgetting (down is better)"}
     axes["y"]["scale"] |= {"type": "symlog", "constant": 0.01}  # linear through zero: forgetting may be negative
     axes["y"]["axis"] |= {"values": {"expr": "ticks"}}

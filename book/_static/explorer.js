@@ -80,11 +80,10 @@
   function restore() {
     const address = new URLSearchParams(location.hash.slice(1));
     if (location.hash && !location.hash.includes("=")) return; // the link to a section
-    form.reset();
     put("profile", address.get("profile") || root.dataset.profile);
     const methods = address.has("method") ? address.get("method").split(",") : null;
     for (const box of boxes) box.checked = !methods || methods.includes(box.value);
-    for (const name of dials) if (address.has(name)) put(name, address.get(name));
+    for (const name of dials) put(name, address.get(name) || "");
     form.elements.zoom.checked = address.get("zoom") === "1";
     search.value = address.get("rows") || "";
     state.chosen = settings.has(address.get("setting")) ? address.get("setting") : "";
@@ -188,10 +187,12 @@
   }
 
   function missing() {
-    // What would make a run that no record has: possible for one method, where the dials do not contradict each other.
-    const [method] = checked();
-    if (!method) return "";
-    const own = dials.filter((name) => data.methods[method].includes(name) && read(name) !== "");
+    // What would make a run no record has: for the method most of the dials speak of, where they do not clash.
+    const set = dials.filter((name) => read(name) !== "");
+    const has = (method) => set.filter((name) => data.methods[method].includes(name));
+    const [method] = checked().sort((one, other) => has(other).length - has(one).length);
+    if (!method || search.value.trim()) return "";
+    const own = has(method);
     const positions = new Set(own.map((name) => `${name}=${read(name)}`));
     const clashes = data.conflicts[read("profile")][method];
     if (clashes.some((clash) => clash.every((position) => positions.has(position)))) return "";
@@ -218,9 +219,8 @@
       appendNotebooks(found);
     } else {
       const text = missing();
-      const words = text ? "This would make the first:" : "A dial further towards “all” brings some back.";
-      panel.append(element("p", `No published run has these values. ${text ? "" : words}`));
-      if (text) panel.append(command(words, text));
+      panel.append(element("p", "No published run has these values: turn a dial back to “all”, or add a method."));
+      if (text) panel.append(command("This would make one:", text));
     }
   }
 
@@ -275,6 +275,7 @@
       view = made.view;
       view.addEventListener("click", (_, item) => item?.datum?.id && choose(item.datum.id));
       draw(shown());
+      new ResizeObserver(() => view.width(box.clientWidth).height(box.clientHeight).runAsync()).observe(box);
     });
     script.addEventListener("error", () => status.append(" The live picture could not be loaded; this one shows all runs."));
     document.head.append(script);
@@ -286,13 +287,15 @@
     describeSliders();
     const found = shown();
     const ids = new Set(found.map((setting) => setting.id));
+    if (!ids.has(state.chosen)) state.chosen = "";
     for (const [id, row] of rows) {
       row.hidden = !ids.has(id);
       row.classList.toggle("explorer-chosen", id === state.chosen);
       row.querySelector("button").setAttribute("aria-pressed", id === state.chosen);
     }
     const runs = found.reduce((sum, setting) => sum + setting.runs.length, 0);
-    status.textContent = `${runs} runs of ${found.length} settings are shown.`;
+    const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+    status.textContent = `Shown: ${count(runs, "run")} of ${count(found.length, "setting")}.`;
     showCommands(found);
     draw(found);
     write();
@@ -314,6 +317,12 @@
     });
   });
   search.addEventListener("input", update);
+  form.querySelector(".explorer-methods").addEventListener("click", (event) => {
+    const { every } = event.target.dataset;
+    if (every === undefined) return;
+    for (const box of boxes) box.checked = every === "true";
+    update();
+  });
   body.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button) choose(button.closest("tr").dataset.id);
