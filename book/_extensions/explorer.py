@@ -1,6 +1,6 @@
 """A Sphinx extension: the parts of the explorer page, made from the published records.
 
-`{explorer} plane`, `{explorer} commands` and `{explorer} table`. Everything a reader needs is on the page without a
+`{explorer} plane`, and `commands`, `table`, `files`. Everything a reader needs is on the page without a
 script: a picture, a table and the data as files; `_static/explorer.js` moves it. Vega draws the live picture; its
 scripts are those that vl-convert carries, so that nothing is asked from another host.
 """
@@ -27,6 +27,7 @@ from nrlib.records import published_records
 from nrlib.storage import atomic_path
 
 FOLDER = "_static/explorer"
+WITHOUT_SCRIPT = ".explorer-dials > :not(fieldset), .explorer-dials input, .explorer-dials button, .explorer-search"
 NUMERIC = ("local_loss_weight", "mix_ratio", "kl_weight", "learning_rate", "n_tokens")  # dials that are sliders
 
 
@@ -37,30 +38,32 @@ class Explorer(SphinxDirective):
     option_spec: ClassVar[dict[str, Any]] = {"alt": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
-        part = directives.choice(self.arguments[0], ("plane", "commands", "table"))
+        part = directives.choice(self.arguments[0], ("plane", "commands", "table", "files"))
         if self.env.app.builder.format != "html":
             return []
-        data = explorer_data(list(published_records()))
+        records = list(published_records())
+        if not records:
+            return [nodes.paragraph(text="There are no published records.")]
+        data = explorer_data(records)
         root = "../" * self.env.docname.count("/")
         if part == "plane":
-            write_files(Path(self.env.app.outdir, FOLDER), data)
+            write_files(Path(self.env.app.outdir, FOLDER), data, run_rows(records))
             html = plane(data, root, self.options.get("alt", ""))
         else:
-            html = commands(root) if part == "commands" else table(data)
+            html = {"commands": commands(root), "table": table(data), "files": files(root)}[part]
         return [nodes.raw("", html, format="html")]
 
 
-def write_files(folder: Path, data: Mapping[str, Any]) -> None:
+def write_files(folder: Path, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """What the page loads and offers: picture, data for the script and for download, Vega."""
     import vl_convert
 
     shown = [setting for setting in data["settings"] if setting["learning"] is not None]
     labels = {setting["id"]: label(setting) for setting in data["settings"]}
     plot = explorer_plot.specification(shown, data["methods"], labels)
-    rows = run_rows(list(published_records()))
     fit = {"autosize": {"type": "fit", "contains": "padding"}, "datasets": {name: [] for name in plot["datasets"]}}
     page = {**data, "labels": labels, "ticks": explorer_plot.TICKS, "plot": {**plot, **fit}}
-    files = {
+    contents = {
         "plane.svg": vl_convert.vegalite_to_svg(plot),
         "data.js": f"window.explorerData = {json.dumps(page)};\n",
         "records.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n",
@@ -68,7 +71,7 @@ def write_files(folder: Path, data: Mapping[str, Any]) -> None:
         "vega.js": _vega(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
+    for name, content in contents.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
 
@@ -100,6 +103,7 @@ def plane(data: Mapping[str, Any], root: str, alternative: str) -> str:
         f'<div class="explorer-plot"><img src="{root}{FOLDER}/plane.svg" width="700" height="470" '
         f'alt="{escape(alternative)}"></div>',
         '<p class="explorer-status" role="status"></p>',
+        '<p class="explorer-choice" hidden><strong></strong> <button type="button">its commands</button></p>',
         '<form class="explorer-dials" aria-label="Which runs are shown">',
         '<fieldset class="explorer-methods"><legend>method</legend>',
         *(_method(name) for name in data["methods"]),
@@ -110,7 +114,7 @@ def plane(data: Mapping[str, Any], root: str, alternative: str) -> str:
         '<p class="explorer-actions"><label><input type="checkbox" name="zoom"> zoom to what is shown</label>',
         '<button type="reset">reset all</button></p>',
         "</form>",
-        "<noscript><style>.explorer-dials, .explorer-search { display: none !important }</style>"
+        f"<noscript><style>{WITHOUT_SCRIPT} {{ display: none !important }}</style>"
         "<p>The dials need JavaScript. The picture shows all runs, the table below lists them.</p></noscript>",
         "</div>",
         *(f'<script defer src="{root}{name}"></script>' for name in (f"{FOLDER}/data.js", "_static/explorer.js")),
@@ -170,6 +174,12 @@ def table(data: Mapping[str, Any]) -> str:
         '<div class="explorer-table" role="region" tabindex="0" aria-label="Table of all settings">\n'
         f"<table><thead><tr>{cells}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
+
+
+def files(root: str) -> str:
+    """Links to the data."""
+    links = [f'<a href="{root}{FOLDER}/{name}" download>{name}</a>' for name in ("records.csv", "records.json")]
+    return f"<p>Download: {', '.join(links)}.</p>"
 
 
 def _row(setting: Mapping[str, Any], dials: Sequence[str]) -> str:

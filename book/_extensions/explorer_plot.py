@@ -75,7 +75,7 @@ def specification(
         "params": [{"name": name, "value": value} for name, value in frame(settings).items()],
         "datasets": {"settings": [_mean(s, labels) for s in settings], "runs": runs(settings), "chosen": []},
         "layer": [
-            {"data": {"values": [{}]}, "mark": {"type": "rule", "clip": True}, "encoding": {"y": {"datum": 0}}},
+            {"data": {"values": [{}]}, "mark": {"type": "rule", "clip": True, "aria": False}, "encoding": {"y": {"datum": 0}}},
             {
                 "data": {"name": "runs"},
                 "mark": {**point, "size": 22, "opacity": 0.45},
@@ -88,7 +88,7 @@ def specification(
             },
             {
                 "data": {"name": "chosen"},
-                "mark": {"type": "point", "shape": "circle", "size": 380, "strokeWidth": 2.5},
+                "mark": {"type": "point", "shape": "circle", "size": 380, "strokeWidth": 2.5, "aria": False},
                 "encoding": axes,
             },
         ],

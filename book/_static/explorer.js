@@ -8,6 +8,7 @@
 
   const form = root.querySelector(".explorer-dials");
   const status = root.querySelector(".explorer-status");
+  const choice = root.querySelector(".explorer-choice");
   const panel = document.querySelector(".explorer-commands");
   const table = document.querySelector(".explorer-table table");
   const search = document.querySelector("#explorer-search");
@@ -126,6 +127,7 @@
     const box = element("div", "", { className: "explorer-command" });
     const caption = element("p", words);
     const pre = element("pre", text, { tabIndex: 0 });
+    pre.setAttribute("role", "region");
     pre.setAttribute("aria-label", words);
     const button = element("button", "copy", { type: "button" });
     button.setAttribute("aria-label", `copy: ${words}`);
@@ -296,6 +298,8 @@
     const runs = found.reduce((sum, setting) => sum + setting.runs.length, 0);
     const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
     status.textContent = `Shown: ${count(runs, "run")} of ${count(found.length, "setting")}.`;
+    choice.hidden = !state.chosen;
+    choice.querySelector("strong").textContent = data.labels[state.chosen] || "";
     showCommands(found);
     draw(found);
     write();
@@ -325,7 +329,13 @@
   });
   body.addEventListener("click", (event) => {
     const button = event.target.closest("button");
-    if (button) choose(button.closest("tr").dataset.id);
+    if (!button) return;
+    choose(button.closest("tr").dataset.id);
+    panel.scrollIntoView({ block: "nearest" });
+  });
+  choice.querySelector("button").addEventListener("click", () => {
+    panel.scrollIntoView({ block: "center" });
+    panel.querySelector("button").focus({ preventScroll: true });
   });
   table.tHead.addEventListener("click", (event) => {
     const name = event.target.closest("button")?.textContent;
