@@ -44,7 +44,8 @@ class Explorer(SphinxDirective):
         records = list(published_records())
         if not records:
             return [nodes.paragraph(text="There are no published records.")]
-        data = explorer_data(records)
+        data = self.env.temp_data.get("explorer") or explorer_data(records)
+        self.env.temp_data["explorer"] = data  # the parts of a page share it
         root = "../" * self.env.docname.count("/")
         if part == "plane":
             write_files(Path(self.env.app.outdir, FOLDER), data, run_rows(records))

@@ -41,8 +41,8 @@ def _path_steps(path: Path) -> Iterable[str]:
 
 def frame(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The part of the plane that holds these settings with all their seeds."""
-    learning = [value for setting in settings for value in setting["learning_range"]]
-    forgetting = [value for setting in settings for value in setting["forgetting_range"]]
+    learning = [value for setting in settings for value in setting["learning_range"]] or [0.0, 1.0]
+    forgetting = [value for setting in settings for value in setting["forgetting_range"]] or [0.0]
     top, bottom = 1.3 * max(*forgetting, 0.005), min(0.0, 1.3 * min(forgetting))
     return {
         "left": min(learning) - 0.02, "right": max(learning) + 0.02, "bottom": bottom, "top": top,
