@@ -100,6 +100,7 @@ def plane(data: Mapping[str, Any], root: str, alternative: str) -> str:
     profiles = list(data["conflicts"])
     first = max(profiles, key=lambda name: sum(len(s["runs"]) for s in data["settings"] if s["profile"] == name))
     lines = [
+        f'<link rel="stylesheet" href="{root}_static/explorer.css">',
         f'<div class="explorer" data-vega="{root}{FOLDER}/vega.js" data-profile="{first}">',
         f'<div class="explorer-plot"><img src="{root}{FOLDER}/plane.svg" width="700" height="470" '
         f'alt="{escape(alternative)}"></div>',
