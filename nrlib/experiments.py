@@ -254,6 +254,18 @@ def rates_and_mixes(
     ]
 
 
+# New domains by the name of their language; the first is the one all other pages use.
+NEW_DOMAINS: dict[str, dict[str, str]] = {
+    "smoke": {"Borealic": "synthetic:borealic", "Cinnabar": "synthetic:cinnabar"},
+    "laptop": {
+        "French": "debian-docs:fr",
+        "German": "debian-docs:de",
+        "Russian": "debian-docs:ru",
+        "Japanese": "debian-docs:ja",
+    },
+}
+
+
 def languages(
     profile: str, corpora: Sequence[str], methods: Sequence[str], seeds: Sequence[int], length: float = 1.0
 ) -> list[RunConfig]:

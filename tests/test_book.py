@@ -133,6 +133,7 @@ def test_missing_failed_and_unexecuted_notebooks_are_named(tmp_path: Path) -> No
         ("<a href='nowhere.html'>x</a>", "leads nowhere"),
         ("<a href='other.html#there'>x</a>", "anchor"),
         ("<a href='#there'>x</a>", "anchor"),
+        ("<a href='other.html#gate=relu'>x</a>", None),  # what the explorer shows
         ("<img src='a.png'>", "alternative text"),
         ("<img src='a.png' alt='a.png'>", "alternative text"),
         ("<img src='a.png' alt='_images/3f2a.png'>", "alternative text"),

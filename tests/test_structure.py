@@ -45,6 +45,7 @@ ORDER = [
     "sweep",
     "notebook_parameters", "pages",
     "notebooks",
+    "explorer",
     "book",
     "commands.__init__", "commands.corpora", "commands.doctor", "commands.extend", "commands.plan", "commands.evaluate", "commands.reproduce",
     "cli",

@@ -1,0 +1,81 @@
+"""The figures of the chapters on gates and on several languages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from ..figures import _MARKERS, _PALETTE, _STYLE, _Picture
+
+
+def detector_by_layer(table: pd.DataFrame) -> Figure:
+    """The area under the curve of |gate| by layer, one line of means for each gate, each seed a point."""
+    with mpl.rc_context(_STYLE):
+        figure = _Picture(figsize=(6.6, 3.4), layout="constrained")
+        ax = figure.subplots()
+        for index, (gate, group) in enumerate(table.groupby("gate", sort=False)):
+            means = group.groupby("layer")["auc"].mean()
+            ax.plot(means.index, means, color=_PALETTE[index])
+            ax.scatter(
+                group["layer"], group["auc"], color=_PALETTE[index], marker=_MARKERS[index], s=32, edgecolor="white",
+                linewidth=0.5, label=str(gate), zorder=3,
+            )  # fmt: skip
+        ax.axhline(0.5, color="black", linewidth=0.8)
+        ax.set(xlabel="layer", ylabel="area under the curve", ylim=(0.4, 1.02))
+        ax.set_xticks(sorted(table["layer"].unique()))
+        figure.legend(title="gate", loc="outside right center", frameon=False)
+    return figure
+
+
+def singular_values(studies: Sequence[dict[str, Any]]) -> Figure:
+    """Singular values of W_g over the largest: one panel a gate, one line a layer, the mean over seeds."""
+    gates = list(dict.fromkeys(study["gate"] for study in studies))
+    with mpl.rc_context(_STYLE):
+        figure = _Picture(figsize=(9, 3.2), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(gates), sharey=True))
+        for ax, gate in zip(axes, gates, strict=True):
+            layers = sorted(studies[0]["singular_values"], key=int)
+            for layer, color, marker in zip(
+                layers, sns.color_palette("viridis", len(layers)), _MARKERS * 9, strict=False
+            ):
+                values = np.mean([s["singular_values"][layer] for s in studies if s["gate"] == gate], axis=0)
+                ax.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=3, label=layer)
+            ax.set_xlabel("number of the singular value")
+            ax.annotate(f"gate {gate}", (0.5, 1.02), xycoords="axes fraction", ha="center")
+        axes[0].set(ylabel="over the largest", ylim=(0, 1.05))
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, title="layer", loc="outside right center", frameon=False)
+    return figure
+
+
+def ends(stages: pd.DataFrame, languages: Sequence[str]) -> Figure:
+    """Bits per byte at the end of each way of teaching several languages, one panel a text, each seed a point."""
+    last = stages[stages["after"] != "backbone"].copy()
+    n_stages = last.groupby(["method", "way"], sort=False)["after"].transform(lambda names: names.unique()[-1])
+    last = last[last["after"] == n_stages]
+    last["row"] = last["method"] + ", " + last["way"]
+    place = {name: -index for index, name in enumerate(dict.fromkeys(last["row"]))}
+    before = stages[stages["after"] == "backbone"].iloc[0]
+    with mpl.rc_context(_STYLE):
+        figure = _Picture(figsize=(9.4, 0.4 * len(place) + 1.0), layout="constrained")
+        for index, (ax, text) in enumerate(
+            zip(figure.subplots(1, 1 + len(languages), sharey=True), ["original", *languages], strict=True)
+        ):
+            for kind, (_, group) in enumerate(last.groupby("method", sort=False)):
+                ax.scatter(
+                    group[text], group["row"].map(place), color=_PALETTE[kind], marker=_MARKERS[kind], s=36,
+                    edgecolor="white", linewidth=0.5, zorder=3,
+                )  # fmt: skip
+            if index == 0:
+                ax.axvline(before[text], color="black", linewidth=1)
+                ax.annotate("backbone", (before[text], 0.6), fontsize=8, ha="left")
+            ax.set_xlabel(f"{'old language' if text == 'original' else text}, bits per byte")
+            ax.set_ylim(min(place.values()) - 0.5, 0.9)
+            ax.set_yticks(list(place.values()), list(place))
+    return figure

@@ -1,0 +1,64 @@
+"""The studies of gates and of several languages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from sklearn.metrics import roc_auc_score
+
+import nrlib
+from nrlib.batches import TokenStream
+from nrlib.companions.gates import area_under_curve, gate_activity, read_gates
+from nrlib.companions.several_languages import WAYS, several_languages
+from nrlib.errors import ConfigError
+
+LANGUAGES = ["synthetic:borealic", "synthetic:cinnabar"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_area_under_the_curve_is_scikit_learns_ties_included(seed):
+    generator = torch.Generator().manual_seed(seed)
+    old, new = torch.randint(-3, 3, (40,), generator=generator), torch.randint(-5, 5, (30,), generator=generator)
+    truth = [0] * 40 + [1] * 30
+    assert area_under_curve(old.float(), new.float()) == pytest.approx(
+        roc_auc_score(truth, torch.cat([old, new]).abs())
+    )
+
+
+def test_reading_gates_sees_every_token_once_and_leaves_no_hook(tiny_model):
+    model = get_peft_model(tiny_model(), nrlib.NeutralResiduesConfig(extra_ratio=0.2, gate="relu")).eval()
+    stream = TokenStream(torch.randint(0, 60, (101,)).numpy().astype("int32"), 300)
+    read = read_gates(model, stream, 20)
+    assert sorted(read) == [0, 1, 2]
+    assert all(gates.shape == (100,) and (gates >= 0).all() for gates, _ in read.values())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.slow
+def test_gates_of_a_trained_model_tell_the_languages_apart():
+    study = gate_activity("smoke", "relu", "l1", 5.0, 0)
+    assert [row["layer"] for row in study["rows"]] == [0, 1]
+    assert all(row["auc"] > 0.8 and row["zero_old"] > row["zero_new"] for row in study["rows"])
+    switched = study["switched"]
+    assert len(switched["tokens"]) == len(switched["language"]) == len(switched["gates"]["0"]) == 96
+
+
+@pytest.mark.slow
+def test_ways_of_learning_two_languages_agree_on_their_first_step():
+    """One adapter and an adapter each are the same thing as long as there is one language."""
+    after, each = (several_languages("smoke", LANGUAGES, way, "neutral_residues", 0)["stages"] for way in WAYS[::2])
+    assert [stage["stage"] for stage in after] == [stage["stage"] for stage in each] == ["backbone", *LANGUAGES]
+    assert after[:2] == each[:2] and after[2] != each[2]
+    # the second language is learned in both, the first is not lost, the original hardly moves
+    for stages in (after, each):
+        backbone, first, second = stages
+        assert second[LANGUAGES[1]] < 0.9 * backbone[LANGUAGES[1]]
+        assert second[LANGUAGES[0]] < 0.9 * backbone[LANGUAGES[0]]
+        assert second["original"] < 1.05 * backbone["original"] < 1.05 * first["original"] * 1.05
+
+
+@pytest.mark.parametrize(("way", "method"), [("at random", "neutral_residues"), ("an adapter each", "fine_tuning")])
+def test_a_way_that_is_not_possible_is_said_before_anything_is_trained(way, method):
+    with pytest.raises(ConfigError, match="is not possible"):
+        several_languages("smoke", LANGUAGES, way, method, 0)
