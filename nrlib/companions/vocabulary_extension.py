@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..backbone import get_backbone
 from ..batches import TokenStream
-from ..config import RunConfig
+from ..config import RunConfig, make_config
 from ..errors import BackboneError, ConfigError
 from ..evaluation import bits_per_byte
 from ..experiments import arm
@@ -46,6 +47,12 @@ ROWS = ("none", *INITIALISATIONS)  # none: the backbone's own tokens only
 N_MEASUREMENTS = 20
 DIMENSIONS = {"smoke": 24}  # of the tokens' static vectors, fewer than pairs
 DIMENSION = 64
+N_NEW_TOKENS = {"smoke": 256}  # elsewhere a quarter of the laptop's vocabulary
+
+
+def sizes(profile: str) -> dict[str, int]:
+    """New tokens and tokens of training of `new_rows` on a profile: a quarter of its usual length."""
+    return {"n_new_tokens": N_NEW_TOKENS.get(profile, 1024), "n_tokens": make_config(profile).training.n_tokens // 4}
 
 
 @dataclass(frozen=True)
@@ -241,3 +248,24 @@ def steps_to(curve: Sequence[Sequence[float]], target: float) -> float:
         if low <= target:
             return after if high <= low else before + (after - before) * (high - target) / (high - low)
     return math.inf
+
+
+def rows_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each result of `new_rows`: bits per byte of the new language before and after training, the steps that
+    random rows with the same seed need over those to their final validation loss, and forgetting at both ends, with all
+    tokens to choose from and with the backbone's own alone."""
+    backbone = {r["seed"]: r["start"]["original"] for r in results if r["initialisation"] == "none"}
+    targets = {r["seed"]: r["curve"][-1][1] for r in results if r["initialisation"] == "random"}
+    rows = []
+    for r in results:
+        seed = r["seed"]
+        forgotten = {
+            f"{when}_forgetting{suffix}": r[when][key] / backbone[seed] - 1
+            for when in ("start", "end")
+            for suffix, key in (("", "original"), ("_own_tokens", "original_own_tokens"))
+        }
+        ends = {"start_new": r["start"]["new"], "end_new": r["end"]["new"]}
+        steps = steps_to(r["curve"], targets[seed])
+        rows.append({"initialisation": r["initialisation"], "seed": seed, **ends, "steps": steps, **forgotten})
+    table = pd.DataFrame(rows)
+    return table.assign(initialisation=pd.Categorical(table["initialisation"], ROWS))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from ..corpora import load_corpus
@@ -168,3 +169,34 @@ def _precision(source: Vectors, target: Vectors, fitted: Any, tested: Any, name:
     mapping = fit_map(name, source, target, _all_pairs(fitted), learning_rate=rate)
     found = translate(mapping, source, target, np.array([word for word, _ in tested]))[1][:, 0]
     return precision_at_1(found, [right for _, right in tested])
+
+
+def precision_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each result, map and rule: pair of languages, map, rule, seed, precision at 1."""
+    return pd.DataFrame(
+        [
+            {"pair": r.get("language", "calibrated"), "map": name, "rule": rule, "seed": r["seed"], "precision": value}
+            for r in results
+            for name, by_rule in r["precision"].items()
+            for rule, value in by_rule.items()
+        ]
+    )
+
+
+def word_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each language of `word_alignment`: lexicon, coverage, sizes, and RCSLS's rates as they were chosen."""
+    rows: dict[str, dict[str, Any]] = {}
+    for r in results:
+        sizes = {"vectors": " / ".join(f"{n:,}" for n in r["n_vectors"]), "test_words": r["n_test"]}
+        row = rows.setdefault(
+            r["language"],
+            {
+                "lexicon": r["lexicon"],
+                "entries": r["n_entries"],
+                "coverage": r["coverage"],
+                **sizes,
+                "learning_rates": "",
+            },
+        )
+        row["learning_rates"] = ", ".join(filter(None, [row["learning_rates"], f"{r['learning_rate']:g}"]))
+    return pd.DataFrame.from_dict(rows, orient="index")
