@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import math
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import build_tiny_model
 
 from nrlib.batches import TokenStream
-from nrlib.companions import vocabulary_alignment, vocabulary_words
+from nrlib.companions import vocabulary_alignment, vocabulary_libraries, vocabulary_words
 from nrlib.companions.vocabulary_alignment import (
     MAPS,
     RULES,
@@ -26,7 +27,7 @@ from nrlib.companions.vocabulary_alignment import (
     rcsls_loss,
     translate,
 )
-from nrlib.companions.vocabulary_extension import ROWS, OldVocabulary, add_rows, new_rows, steps_to
+from nrlib.companions.vocabulary_extension import ROWS, OldVocabulary, add_rows, affordable, new_rows, steps_to
 from nrlib.companions.vocabulary_studies import (
     load_pair,
     respell,
@@ -52,6 +53,7 @@ from nrlib.companions.vocabulary_words import (
     read_lexicon,
     static_embeddings,
     word_sequences,
+    words_of,
 )
 from nrlib.corpora.documents import Document
 from nrlib.errors import BackboneError, ConfigError, CorpusError
@@ -467,7 +469,7 @@ def test_aligned_rows_lie_where_their_translations_do(aligned):
         initial_rows("mapped", rows, tokens)
     with pytest.raises(ConfigError, match="random, mean, pieces, mapped, mixture"):
         initial_rows("zeros", rows, tokens)
-    assert ("none", *INITIALISATIONS) == ROWS
+    assert ROWS[:6] == ("none", *INITIALISATIONS)
 
 
 def test_token_vectors_leave_out_rare_tokens_and_separators():
@@ -553,14 +555,18 @@ def test_respelling_keeps_everything_but_the_words():
 @pytest.mark.slow
 def test_aligned_rows_begin_lower_and_take_more_from_the_old_text():
     results = [
-        new_rows(seed=seed, profile="smoke", initialisation=name, n_new_tokens=256, n_tokens=2_048)
-        for name in ("none", "random", "mean", "mapped", "mixture")
+        {
+            "initialisation": name,
+            **new_rows(seed=seed, profile="smoke", initialisation=name, n_new_tokens=256, n_tokens=2_048),
+        }
+        for name in ("random", "none", "mean", "mapped", "mixture")  # the first one trains the backbone
         for seed in (SEEDS if name == "random" else SEEDS[:1])
     ]
-    begun = {}
+    begun: dict[str, list[dict[str, float]]] = {}
+    backbone = next(r for r in results if r["initialisation"] == "none")["start"]["original"]
     for r in results:
         begun.setdefault(r["initialisation"], []).append(r["start"])
-        assert r["start"]["original_own_tokens"] == pytest.approx(results[0]["start"]["original"], abs=1e-5)
+        assert r["start"]["original_own_tokens"] == pytest.approx(backbone, abs=1e-5)
         assert r.get("n_changed", 0) == 0
     for aligned in ("mapped", "mixture"):
         for other in ("random", "mean"):
@@ -568,6 +574,61 @@ def test_aligned_rows_begin_lower_and_take_more_from_the_old_text():
             assert min(b["original"] for b in begun[aligned]) > max(b["original"] for b in begun[other])
     with pytest.raises(ConfigError, match="Allowed: none, random"):
         new_rows(seed=0, profile="smoke", initialisation="zeros")
+
+
+# --- the libraries ----------------------------------------------------------------------------------------------------
+
+
+def test_a_library_that_is_absent_is_named(tokens, monkeypatch, capsys):
+    monkeypatch.setattr(vocabulary_libraries.importlib.util, "find_spec", lambda name: None)
+    for name, package in vocabulary_libraries.PACKAGES.items():
+        with pytest.raises(ConfigError, match=rf"'{name}' needs the package {package}.*nrlib\[initialisation\]"):
+            vocabulary_libraries.library_rows(name, np.ones((400, 4)), tokens, None, [], [], {})
+    assert affordable("smoke", ["mean", "focus"]) == ["mean"] and "deepfocus" in capsys.readouterr().out
+    assert affordable("laptop", ["mean", "focus"]) == [
+        "mean",
+        "focus",
+    ]  # published, or an error that says what to install
+
+
+def test_wechsel_gets_our_vectors_and_lexicon(texts, tokenizer, tokens, monkeypatch):
+    """With stand-ins for the two packages: what they are given, and which of the rows they return are taken."""
+    seen = {}
+
+    class KeyedVectors:
+        def __init__(self, dimension):
+            self.counts = {}
+
+        def add_vectors(self, words, vectors):
+            self.words, self.vectors = words, vectors
+
+        def set_vecattr(self, word, name, value):
+            self.counts[word] = value
+
+    class WECHSEL:
+        def __init__(self, source, target, bilingual_dictionary):
+            with open(bilingual_dictionary, encoding="utf-8") as handle:
+                seen.update(source=source.wv, target=target.wv, lexicon=handle.read().splitlines())
+
+        def apply(self, source_tokenizer, target_tokenizer, matrix, use_subword_info):
+            assert source_tokenizer is tokenizer and target_tokenizer is tokens.tokenizer and not use_subword_info
+            return np.arange(len(target_tokenizer))[:, None] * np.ones((1, matrix.shape[1])), None
+
+    models = types.SimpleNamespace(KeyedVectors=KeyedVectors, Word2Vec=types.SimpleNamespace)
+    for name, module in {
+        "gensim": types.SimpleNamespace(models=models), "gensim.models": models,
+        "wechsel": types.SimpleNamespace(WECHSEL=WECHSEL, __spec__="there"),
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    rows = vocabulary_libraries.library_rows(
+        "wechsel", np.ones((400, 4)), tokens, tokenizer, texts[1], texts[0], texts[2], dimension=8
+    )
+    assert rows[:, 0].tolist() == list(range(400, 550))
+    words = seen["source"].words
+    assert seen["source"].vectors.shape == (len(words), 8) and words[0] in texts[2]
+    assert seen["source"].counts[words[0]] == sum(words_of(text).count(words[0]) for text in texts[0])
+    assert f"{words[0]}\t{min(texts[2][words[0]])}" in seen["lexicon"]
+    assert set(seen["target"].words) <= {other for others in texts[2].values() for other in others}
 
 
 # --- the page's claims ------------------------------------------------------------------------------------------------

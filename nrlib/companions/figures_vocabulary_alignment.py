@@ -18,7 +18,7 @@ LABELS = {
     "calibrated": "synthetic counts", "synthetic": "synthetic text", "fr": "English to French",
     "tr": "English to Turkish", "nearest": "nearest neighbour", "csls": "CSLS",
     "none": "no new tokens", "random": "random", "mean": "mean row", "pieces": "mean of its pieces",
-    "mapped": "mapped by RCSLS", "mixture": "CSLS mixture",
+    "mapped": "mapped by RCSLS", "mixture": "CSLS mixture", "wechsel": "wechsel", "focus": "deepfocus",
 }  # fmt: skip
 
 

@@ -3,12 +3,10 @@ training neutral residues and in bits per byte of the original domain. The rows 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,34 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..backbone import get_backbone
-from ..batches import TokenStream
 from ..config import RunConfig, make_config
 from ..errors import BackboneError, ConfigError
 from ..evaluation import bits_per_byte
 from ..experiments import arm
 from ..methods import apply_method
 from ..runs import make_batches
-from ..texts import PreparedText, prepare_text
+from ..texts import PreparedText
 from ..training import Hooks, train
-from .vocabulary_studies import FREEDICT, respell, synthetic_lexicon
-from .vocabulary_tokens import (
-    INITIALISATIONS,
-    NewTokens,
-    TokenVectors,
-    add_tokens,
-    initial_rows,
-    split_texts,
-    token_pairs,
-    token_vectors,
-)
-from .vocabulary_words import freedict
+from .vocabulary_libraries import PACKAGES, is_installed, library_rows
+from .vocabulary_material import DIMENSION, DIMENSIONS, prepare_material, profile_lexicon, profile_text
+from .vocabulary_tokens import INITIALISATIONS, initial_rows, split_texts
 
 RESULT_VERSION = 1
 
-ROWS = ("none", *INITIALISATIONS)  # none: the backbone's own tokens only
+ROWS = ("none", *INITIALISATIONS, *PACKAGES)  # none: the backbone's own tokens only
 N_MEASUREMENTS = 20
-DIMENSIONS = {"smoke": 24}  # of the tokens' static vectors, fewer than pairs
-DIMENSION = 64
 N_NEW_TOKENS = {"smoke": 256}  # elsewhere a quarter of the laptop's vocabulary
 
 
@@ -55,18 +41,13 @@ def sizes(profile: str) -> dict[str, int]:
     return {"n_new_tokens": N_NEW_TOKENS.get(profile, 1024), "n_tokens": make_config(profile).training.n_tokens // 4}
 
 
-@dataclass(frozen=True)
-class Material:
-    """What all ways to begin the rows share: the text with the new language in the extended tokenizer, static vectors of
-    tokens in both languages, pairs of tokens, and how the extension encodes held-out text of the original domain."""
-
-    text: PreparedText
-    tokens: NewTokens
-    source: TokenVectors
-    target: TokenVectors
-    pairs: tuple[tuple[int, int], ...]
-    n_changed: int  # tokens that differ from the backbone's own encoding, of n_held_out
-    n_held_out: int
+def affordable(profile: str, beginnings: Sequence[str]) -> list[str]:
+    """The ways to begin the rows that can be run: on smoke, where no record is published, a library that is not installed
+    is left out, and said to be."""
+    absent = [name for name in beginnings if profile == "smoke" and name in PACKAGES and not is_installed(name)]
+    for name in absent:
+        print(f"left out: {name}, since the package {PACKAGES[name]} is not installed")
+    return [name for name in beginnings if name not in absent]
 
 
 def new_rows(
@@ -80,18 +61,21 @@ def new_rows(
     if initialisation not in ROWS:
         raise ConfigError(f"initialisation = {initialisation!r} is unknown. Allowed: {', '.join(ROWS)}.")
     config = arm(profile, "neutral_residues", seed=seed, n_tokens=n_tokens)
-    material = prepare_material(profile, n_new_tokens)
+    own_text, material = profile_text(profile), prepare_material(profile, n_new_tokens)
     is_extended = initialisation != "none"
-    text = material.text if is_extended else _text(profile)
-    backbone = get_backbone(config, text, progress=False)
+    text = material.text if is_extended else own_text
+    backbone = get_backbone(config, own_text, progress=False)
     own_rows = backbone.get_input_embeddings().weight.detach().double().numpy()
     model: Any = apply_method(backbone, config.method, seed)
     result: dict[str, Any] = {"n_extra_rows": 0}
     if is_extended:
-        rows = initial_rows(
-            initialisation, own_rows, material.tokens, seed=seed, source=material.source, target=material.target,
-            pairs=material.pairs,
-        )  # fmt: skip
+        if initialisation in PACKAGES:
+            rows = _library_rows(initialisation, profile, n_new_tokens)
+        else:
+            rows = initial_rows(
+                initialisation, own_rows, material.tokens, seed=seed, source=material.source, target=material.target,
+                pairs=material.pairs,
+            )  # fmt: skip
         add_rows(model, torch.from_numpy(rows).float())
         result = {
             "n_extra_rows": len(rows),
@@ -121,67 +105,18 @@ def new_rows(
     return result
 
 
-@functools.lru_cache(maxsize=1)
-def prepare_material(profile: str, n_new_tokens: int) -> Material:
-    """Tokens, vectors and pairs for a profile; nothing of it has seen held-out text of the new language."""
-    text, dimension = _text(profile), DIMENSIONS.get(profile, DIMENSION)
-    old = text.tokenizer
-    lexicon = synthetic_lexicon() if profile == "smoke" else freedict(FREEDICT["fr"], progress=False)[0]
-    new_texts = list(split_texts(text.new.tokens, old))
-    original_texts = list(split_texts(text.pretraining.tokens, old))
-    tokens = add_tokens(old, new_texts, original_texts, n_new_tokens)
-    held_out = dict(text.held_out)
-    for name in ("new", "new_validation"):
-        held_out[name] = _encode(split_texts(held_out[name].tokens, old), tokens.tokenizer, name)
-    stream = _encode(new_texts, tokens.tokenizer, text.new.name)
-    own = [n for n in held_out if not n.startswith("new")]
-    again = [_encode(split_texts(held_out[n].tokens, old), tokens.tokenizer, n).tokens for n in own]
-    separator = old.eos_token_id
-    return Material(
-        replace(text, tokenizer=tokens.tokenizer, new=stream, held_out=held_out),
-        tokens,
-        token_vectors(stream.tokens, separator, len(tokens.tokenizer), dimension),
-        token_vectors(text.pretraining.tokens, separator, len(old), dimension),
-        tuple(token_pairs(lexicon, old, tokens.tokenizer)),
-        sum(_n_differing(held_out[n].tokens, tokens_again) for n, tokens_again in zip(own, again, strict=True)),
-        sum(len(held_out[n].tokens) for n in own),
-    )
-
-
-def _text(profile: str) -> PreparedText:
-    """The text of a profile. On synthetic text the new language is the original one, word by word in the lexicon of
-    another: there is something to align."""
+@functools.lru_cache(maxsize=2)
+def _library_rows(name: str, profile: str, n_new_tokens: int) -> NDArray[np.float64]:
+    material, old_text = prepare_material(profile, n_new_tokens), profile_text(profile)
     config = arm(profile, "neutral_residues")
-    text = prepare_text(config.data, config.backbone, False)
-    if profile != "smoke":
-        return text
-    lexicon = synthetic_lexicon()
-
-    def translated(stream: TokenStream, name: str) -> TokenStream:
-        texts = split_texts(stream.tokens, text.tokenizer)
-        return _encode([respell(t, lexicon) for t in texts], text.tokenizer, name)
-
-    held_out = dict(text.held_out)
-    held_out["new"] = translated(held_out["unseen_original"], "new")
-    held_out["new_validation"] = translated(held_out["unseen_original_validation"], "new_validation")
-    return replace(text, new=translated(text.pretraining, "new"), held_out=held_out)
-
-
-def _encode(texts: Iterable[str], tokenizer: Any, name: str) -> TokenStream:
-    separator, n_bytes = tokenizer.eos_token_id, 0
-    parts = [np.array([separator], dtype=np.int32)]
-    for text in texts:
-        n_bytes += len(text.encode())
-        parts.append(np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], separator], dtype=np.int32))
-    return TokenStream(np.concatenate(parts), n_bytes, name)
-
-
-def _n_differing(before: NDArray[np.int32], after: NDArray[np.int32]) -> int:
-    """Tokens of `before` that `after` has not kept."""
-    if np.array_equal(before, after):
-        return 0
-    matcher = difflib.SequenceMatcher(None, before.tolist(), after.tolist(), autojunk=False)
-    return len(before) - sum(block.size for block in matcher.get_matching_blocks())
+    backbone = get_backbone(config, old_text, progress=False)
+    rows = backbone.get_input_embeddings().weight.detach().double().numpy()
+    new_texts = list(split_texts(material.text.new.tokens, material.tokens.tokenizer))
+    original_texts = list(split_texts(old_text.pretraining.tokens, old_text.tokenizer))
+    return library_rows(
+        name, rows, material.tokens, old_text.tokenizer, new_texts, original_texts, profile_lexicon(profile),
+        DIMENSIONS.get(profile, DIMENSION),
+    )  # fmt: skip
 
 
 def add_rows(model: Any, rows: Tensor) -> None:
