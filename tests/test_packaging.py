@@ -25,7 +25,11 @@ else:
 ROOT = project_directory()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.10.0", "3.11.0", "3.11.9", "3.12.0", "3.13.0")
-IMPORT_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # where the package has another name than what is imported
+IMPORT_NAMES = {
+    "faiss-cpu": "faiss",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}  # where the package has another name than what is imported
 
 
 def pins(python: str) -> dict[str, str]:
