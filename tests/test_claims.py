@@ -173,3 +173,13 @@ def test_a_kl_term_moves_along_the_same_dial(records):
     grid = select(records, experiments.recipes("laptop", [0.0, 2.0, 8.0], [0.0, 1.0, 5.0], [0]))
     at = grid.set_index(["local_loss_weight", "kl_weight"])["forgetting"]
     assert at[5.0, 2.0] < 0.8 * at[5.0, 0.0] and at[5.0, 2.0] < 0.5 * at[0.0, 2.0]
+
+
+def test_room_decides_how_much_is_learned_and_not_how_much_is_forgotten(records):
+    budgets = [0.03, 0.1, 0.2, 0.5]
+    table = select(records, experiments.budgets("laptop", budgets, ["neutral_residues", "lora"], [0]))
+    by_method = {m: t.set_index("extra_ratio").loc[budgets] for m, t in table.groupby("method", observed=True)}
+    for rows in by_method.values():
+        assert rows["learning"].is_monotonic_increasing and rows["learning"].iloc[-1] > rows["learning"].iloc[0] + 0.1
+    ours, lora = by_method["neutral_residues"]["forgetting"], by_method["lora"]["forgetting"]
+    assert ours.max() - ours.min() < 0.004 and lora.min() > 10 * ours.max()
