@@ -74,15 +74,11 @@ def image_search(
 
 
 def image_searches(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Settings for `run_study`: every source with every seed; at profile `smoke` the pictures with the first seed only."""
+    """Settings for `run_study`: every source with every seed; at profile `smoke` smaller, and with the first seed only."""
     small = {"n_words": 32, "n_held_out": 400, "n_dimensions": [8, 16, 32]}
     full = {"n_words": 256, "n_held_out": 3000, "n_dimensions": [16, 32, 64, 128]}
-    size = small if profile == "smoke" else full
-    return [
-        {"seed": seed, "source": source, **size}
-        for source in SOURCES
-        for seed in (seeds[:1] if profile == "smoke" and source != "synthetic" else seeds)
-    ]
+    size, seeds = (small, seeds[:1]) if profile == "smoke" else (full, seeds)
+    return [{"seed": seed, "source": source, **size} for source in SOURCES for seed in seeds]
 
 
 SIZES = ("one", "large", "two", "four", "kinds")  # the sets of vocabularies, in the order of a result's rows
