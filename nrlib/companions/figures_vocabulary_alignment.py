@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
 
 import matplotlib as mpl
 import pandas as pd
@@ -40,32 +39,34 @@ def precision(table: pd.DataFrame) -> Figure:
                 ax.scatter(means, means.index, marker="|", s=150, color=_PALETTE[index], zorder=2)
             ax.set_xlabel("right first translation")
             ax.annotate(LABELS.get(pair, f"English to {pair}"), (0.02, 1.02), xycoords="axes fraction", fontsize=10)
-            ax.margins(x=0.15)
+            ax.margins(x=0.15, y=0.1)
             _percent(ax, x=True)
         axes[0].set_yticks(range(len(MAPS)), [LABELS[name] for name in MAPS])
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def first_steps(results: Sequence[dict[str, Any]]) -> Figure:
-    """Validation bits per byte of the new language over the steps of training, one colour a way to begin the rows and
-    one line a seed; runs without new tokens are left out, since they start far above."""
+def beginnings(table: pd.DataFrame) -> Figure:
+    """What a way to begin the rows is worth: bits per byte of the new language before and after training, and the steps
+    to the last validation loss of random rows. Each seed a point, the bar their mean."""
+    panels = {
+        "start_new": "bits per byte before training",
+        "end_new": "bits per byte after training",
+        "steps": "steps to where random rows end",
+    }
+    shown = [name for name in ROWS if name in set(table["initialisation"])]
+    place = table["initialisation"].astype(str).map({name: i for i, name in enumerate(shown)})
     with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(7.4, 4.0), layout="constrained")
-        ax = figure.subplots()
-        for result in sorted(results, key=lambda r: ROWS.index(r["initialisation"])):
-            name = result["initialisation"]
-            if name == "none":
-                continue
-            index = ROWS.index(name) - 1
-            steps, values = zip(*result["curve"], strict=True)
-            ax.plot(
-                steps, values, color=_PALETTE[index], marker=_MARKERS[index], markersize=3.5, linewidth=1.1, alpha=0.75,
-                label=LABELS[name] if result["seed"] == min(r["seed"] for r in results) else None,
-            )  # fmt: skip
-        ax.set_xlabel("steps of training")
-        ax.set_ylabel("bits per byte, new language")
-        ax.legend(title="rows begin", frameon=False)
+        figure = _Picture(figsize=(9.6, 3.2), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
+        for ax, (column, label) in zip(axes, panels.items(), strict=True):
+            values = table[column].replace(math.inf, math.nan)
+            ax.scatter(values, place, color=_PALETTE[0], s=34, edgecolor="white", linewidth=0.5, zorder=3)
+            means = values.groupby(place).mean()
+            ax.scatter(means, means.index, marker="|", s=170, color="black", zorder=2)
+            ax.set_xlabel(f"{label}\n(left is better)")
+            ax.margins(x=0.1)
+        axes[0].set_yticks(range(len(shown)), [LABELS[name] for name in shown])
     return figure
 
 
