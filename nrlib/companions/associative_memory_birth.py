@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESULT_VERSION = 1
-SMOKE = {"n_steps": 60, "n_tokens": 32, "d_model": 64, "context_length": 32}
+SMOKE = {"n_steps": 50, "n_tokens": 32, "d_model": 64, "context_length": 32}
 
 
 def birth(
@@ -48,7 +48,8 @@ def birth(
         measure_at=range(0, n_steps + 1, 5), measure=lambda: {**behaviour(model, held_out), **probe(model, language)},
     )  # fmt: skip
     n_shown = min(24, context_length)
-    shown = int(held_out.is_in_context[:, :n_shown].sum(1).argmax())  # much to find in the context
+    n_different = torch.tensor([len(set(tokens)) for tokens in held_out.inputs[:, :n_shown].tolist()])
+    shown = int((held_out.is_in_context[:, :n_shown].sum(1) * n_different).argmax())  # much to find, many to tell apart
     with torch.no_grad():
         attentions = [a[shown, :n_shown, :n_shown] for a in model.run(held_out.inputs)[1]]
     return {
@@ -60,16 +61,13 @@ def birth(
     }
 
 
-def birth_settings(profile: str, seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """Settings of `birth` by what they are for: `two_layers` and `one_layer` on in-context tokens, `all_tokens` longer. The
+def birth_settings(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Settings of `birth`: for each seed two layers and one on in-context tokens, and two on all tokens for longer. The
     profile smoke is small, all others are one size."""
     small: dict[str, Any] = SMOKE if profile == "smoke" else {}
     longer = {} if small else {"n_steps": 300}
-    return {
-        "two_layers": [{"seed": seed, **small} for seed in seeds],
-        "one_layer": [{"seed": seed, "n_layers": 1, **small} for seed in seeds],
-        "all_tokens": [{"seed": seed, "loss_on": "all", **small, **longer} for seed in seeds],
-    }
+    variants: list[dict[str, Any]] = [{}, {"n_layers": 1}, {"loss_on": "all", **longer}]
+    return [{"seed": seed, **small, **variant} for variant in variants for seed in seeds]
 
 
 def first_step(curve: Mapping[str, Sequence[float]], name: str, above: float) -> float:
@@ -78,19 +76,24 @@ def first_step(curve: Mapping[str, Sequence[float]], name: str, above: float) ->
     return next(steps, float("inf"))
 
 
-def findings(
-    two_layers: Sequence[Mapping[str, Any]],
-    one_layer: Sequence[Mapping[str, Any]],
-    all_tokens: Sequence[Mapping[str, Any]],
-) -> pd.DataFrame:
+def by_variant(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Results of `birth` by what was trained: `two_layers` and `one_layer` on in-context tokens, two on `all_tokens`."""
+    return {
+        "two_layers": [row for row in rows if row["loss_on"] == "in_context" and row["n_layers"] == 2],
+        "one_layer": [row for row in rows if row["loss_on"] == "in_context" and row["n_layers"] == 1],
+        "all_tokens": [row for row in rows if row["loss_on"] == "all"],
+    }
+
+
+def findings(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """What the runs of `birth` show, one row a seed: accuracy and attention at the end, the first step at which each memory
     stands two standard deviations above the rest, and how far the run on all tokens has come by step 50."""
     import pandas as pd
 
-    rows = []
-    for two, one, every in zip(two_layers, one_layer, all_tokens, strict=True):
+    found = []
+    for two, one, every in zip(*by_variant(rows).values(), strict=True):
         curve, early = two["curve"], every["curve"]["step"].index(50)
-        rows.append(
+        found.append(
             {
                 "seed": two["seed"],
                 "accuracy": curve["in_context_accuracy"][-1],
@@ -101,4 +104,4 @@ def findings(
                 "accuracy_at_50": every["curve"]["in_context_accuracy"][early],
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(found)

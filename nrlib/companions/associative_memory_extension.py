@@ -31,6 +31,7 @@ from .associative_memory_readings import (
     SHARED_TOKENS,
     SHARED_TRIGGERS,
     drift,
+    match_scores,
     mean_loss,
     read_memories,
     residues,
@@ -167,6 +168,7 @@ def extension(
         for part, changed in restored(model, backbone)
     }
     found["reuse"] = reuse(model, texts["new"])
+    found["match"] = match_scores(model, texts["new"])
     found["residue"] = {name: residues(model, batch) for name, batch in texts.items()}
     rounded: dict[str, Any] = _rounded(found)
     return rounded
@@ -182,7 +184,7 @@ def _rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-SMOKE = {"n_steps": 60, "n_pretraining_steps": 80, "d_model": 64, "context_length": 32, "n_evaluation": 64}
+SMOKE = {"n_steps": 40, "n_pretraining_steps": 60, "d_model": 64, "context_length": 32, "n_evaluation": 64}
 
 
 def search_settings(
@@ -234,9 +236,8 @@ def results_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return frame
 
 
-def changes_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Mean over seeds of the relative change of each memory's matrix, one row a method."""
+def means_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Mean over seeds of everything `extension` reads, one row a method; nested names are joined: `reuse_without_key_1`."""
     import pandas as pd
 
-    changes = pd.DataFrame([{"method": row["method"], **row["change"]} for row in rows if row["method"] != "backbone"])
-    return changes.groupby("method", sort=False).mean()
+    return pd.json_normalize(rows, sep="_").groupby("method", sort=False).mean(numeric_only=True)

@@ -102,12 +102,40 @@ def reuse(model: MemoryTransformer, batch: Sequences) -> dict[str, float]:
 
 
 @torch.no_grad()
+def match_scores(model: MemoryTransformer, batch: Sequences) -> dict[str, float]:
+    """How a trigger finds, in layer 2, what followed it: its mean score there over that on all earlier tokens, for old and
+    new triggers, and as a sum of two parts: `stream`, what W_K2 makes of the backbone's own hidden states, and
+    `residue`, what the adapter of layer 1 adds to them. Empty for a model without adapters."""
+    if not model.adapters:
+        return {}
+    with _captured(model) as outputs:
+        model(batch.inputs)
+    stream, residue = outputs[0]
+    followed = F.pad(batch.inputs, (1, -1), value=-1)
+    is_earlier = torch.ones(batch.inputs.shape[1], batch.inputs.shape[1], dtype=torch.bool).tril()
+    is_match = (batch.inputs[:, :, None] == followed[:, None, :]) & is_earlier  # (B, T, T)
+
+    def advantage(x: Tensor, chosen: Tensor) -> float:
+        scores = x @ (x @ model.keys[1].T).transpose(1, 2) / x.shape[-1] ** 0.5
+        matched = (scores * is_match).sum(-1) / is_match.sum(-1).clamp(min=1)
+        everywhere = (scores * is_earlier).sum(-1) / is_earlier.sum(-1)
+        return (matched - everywhere)[chosen].mean().item()
+
+    found = {}
+    for name, triggers in (("old", SHARED_TRIGGERS), ("new", NEW_TRIGGERS)):
+        chosen = batch.is_in_context & _is_among(batch.inputs, triggers)
+        found[f"{name}_trigger_stream"] = advantage(stream, chosen)
+        found[f"{name}_trigger_residue"] = advantage(stream + residue, chosen) - found[f"{name}_trigger_stream"]
+    return found
+
+
+@torch.no_grad()
 def residues(model: MemoryTransformer, batch: Sequences) -> dict[str, float]:
     """Mean ||residue||_1 / D of each adapter by the token it stands at: `adapter_1_shared` and so on."""
     with _captured(model) as outputs:
         model(batch.inputs)
     found = {}
-    for layer, residue in enumerate(outputs, 1):
+    for layer, (_, residue) in enumerate(outputs, 1):
         size = residue.abs().mean(-1)  # (B, T)
         for group, tokens in GROUPS.items():
             if (chosen := _is_among(batch.inputs, tokens)).any():
@@ -116,9 +144,10 @@ def residues(model: MemoryTransformer, batch: Sequences) -> dict[str, float]:
 
 
 @contextmanager
-def _captured(model: MemoryTransformer) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    handles = [a.register_forward_hook(lambda _m, _i, residue: outputs.append(residue)) for a in model.adapters]
+def _captured(model: MemoryTransformer) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside, what goes into each adapter and the residue that comes out, layer by layer."""
+    outputs: list[tuple[Tensor, Tensor]] = []
+    handles = [a.register_forward_hook(lambda _m, x, residue: outputs.append((x[0], residue))) for a in model.adapters]
     try:
         yield outputs
     finally:

@@ -95,10 +95,11 @@ def memories(rows: Rows) -> Figure:
                     _points(axes, place, values, method)
                 axes.set_ylim(bottom=0, top=None if part == "feed_forward" else 1.05)
                 axes.set_xticks([])
+                axes.set_xlim(-0.6, len(_METHODS) - 0.4)
                 axes.grid(axis="x", visible=False)
                 if line == 0:
                     axes.annotate(MATRICES[part], (0.5, 1.04), xycoords="axes fraction", ha="center", fontsize=11)
-                axes.set_ylabel(label if column == 3 else f"{label}", fontsize=9)
+                axes.set_ylabel(label, fontsize=9)
                 if column == 0:
                     axes.annotate(
                         title, (-0.62, 0.5), xycoords="axes fraction", rotation=90, va="center", fontweight="bold"
