@@ -89,6 +89,8 @@ def test_after_a_trigger_comes_the_same_output_and_after_all_else_the_table(has_
     language = make_language(8, 1, n_triggers=2)
     drawn = sample(language, 400, 40, seeded_generator(), has_fixed_triggers=has_fixed_triggers)
     assert torch.equal(drawn.inputs[:, 1:], drawn.targets[:, :-1])
+    if has_fixed_triggers:
+        assert torch.equal(drawn.occurrence > 0, torch.isin(drawn.inputs, torch.tensor(language.triggers)))
     counts = torch.zeros(8, 8)
     outputs = []
     for row, (inputs, targets, occurrence) in enumerate(

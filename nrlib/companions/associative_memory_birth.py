@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from .associative_memory import MemoryTransformer, behaviour, probe, table_entropy, train
 from .associative_memory_bigrams import make_language, sample
@@ -48,14 +49,15 @@ def birth(
         measure_at=range(0, n_steps + 1, 5), measure=lambda: {**behaviour(model, held_out), **probe(model, language)},
     )  # fmt: skip
     n_shown = min(24, context_length)
-    n_different = torch.tensor([len(set(tokens)) for tokens in held_out.inputs[:, :n_shown].tolist()])
-    shown = int((held_out.is_in_context[:, :n_shown].sum(1) * n_different).argmax())  # much to find, many to tell apart
+    inputs = held_out.inputs[:, :n_shown]
+    is_loop = F.pad(inputs[:, 1:] == inputs[:, :-1], (1, 0))  # of a trigger that is its own output: nothing to see
+    shown = int((held_out.is_in_context[:, :n_shown] & ~is_loop).sum(1).argmax())  # much to find in the context
     with torch.no_grad():
         attentions = [a[shown, :n_shown, :n_shown] for a in model.run(held_out.inputs)[1]]
     return {
         "curve": {name: [round(point[name], 4) for point in points] for name in points[0]},
         "entropy": round(table_entropy(language, held_out), 4),
-        "tokens": held_out.inputs[shown, :n_shown].tolist(),
+        "tokens": inputs[shown].tolist(),
         "triggers": list(language.triggers),
         "attentions": [[[round(a, 2) for a in row] for row in attention.tolist()] for attention in attentions],
     }
