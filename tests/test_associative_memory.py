@@ -388,3 +388,59 @@ def test_the_entropy_is_the_floor(published):
     assert table_entropy(language, batch) == pytest.approx(drawn, abs=0.03)
     for row in by_variant(published[0])["all_tokens"]:
         assert row["curve"]["bigram_loss"][-1] > row["entropy"]
+
+
+@pytest.fixture(scope="module")
+def extensions(published):
+    """By seed and method the published runs at each method's best rate."""
+    _, rows = published
+    best: dict[str, float] = {}
+    for method in extending.METHODS:
+        searched = [row for row in rows if row["method"] == method and row["seed"] == 0]
+        best[method] = min(searched, key=lambda row: row["loss_new_validation"])["learning_rate"]
+    return {(row["seed"], row["method"]): row for row in rows if row["learning_rate"] == best[row["method"]]}
+
+
+def test_what_each_method_leaves_of_the_old_language(extensions):
+    table = extending.results_table(list(extensions.values())).set_index(["seed", "method"])
+    seeds = {seed for seed, _ in extensions}
+    assert len(seeds) >= 3
+    for seed in seeds:
+        forgetting, learning = table.loc[seed, "forgetting"], table.loc[seed, "learning"]
+        assert forgetting["fine_tuning"] > 0.1 and forgetting["vanilla_adapter"] > 0.05
+        assert forgetting["neutral_residues"] < 0.02 and learning["neutral_residues"] > 0.85
+        backbone, ours = extensions[seed, "backbone"], extensions[seed, "neutral_residues"]
+        assert ours["divergence_old"] < backbone["divergence_old"] + 0.05
+        for method in ("fine_tuning", "vanilla_adapter"):  # the table goes, the induction head stays
+            row = extensions[seed, method]
+            assert row["divergence_old"] > 3 * backbone["divergence_old"]
+            assert row["in_context_accuracy_old"] > backbone["in_context_accuracy_old"] - 0.03
+        residue = ours["residue"]
+        assert residue["old"]["adapter_2_shared"] < 0.1 * residue["new"]["adapter_2_shared"]  # after the same tokens
+
+
+def test_which_matrices_fine_tuning_needs(extensions):
+    for row in (row for (_, method), row in extensions.items() if method == "fine_tuning"):
+        change = {
+            part: {text: losses[text] - row[f"loss_{text}"] for text in ("old", "new")}
+            for part, losses in row["restored"].items()
+        }
+        assert max(abs(v) for v in change["key_1"].values()) < 0.1  # moved far, to no effect
+        assert row["change"]["key_1"] > 0.2
+        assert change["feed_forward"]["old"] < 0 and change["feed_forward"]["new"] > 0.5
+        assert change["output"]["old"] > 0
+
+
+def test_the_induction_head_is_reused(extensions):
+    for (_, method), row in extensions.items():
+        reuse = row["reuse"]
+        cases = [value for name, value in reuse.items() if "_trigger_" in name]
+        if method == "backbone":
+            assert reuse["old_trigger_old_output"] > 0.9 and sorted(cases)[-2] < 0.2
+            continue
+        assert min(cases) > 0.7
+        assert max(reuse["without_key_1"], reuse["without_key_2"], reuse["without_output"]) < 0.6
+        if method != "fine_tuning":
+            match = row["match"]
+            assert match["old_trigger_stream"] > 2 and abs(match["new_trigger_stream"]) < 1
+            assert match["new_trigger_residue"] > 4 * abs(match["old_trigger_residue"])
