@@ -413,7 +413,7 @@ def test_what_each_method_leaves_of_the_old_language(extensions):
         assert ours["divergence_old"] < backbone["divergence_old"] + 0.05
         for method in ("fine_tuning", "vanilla_adapter"):  # the table goes, the induction head stays
             row = extensions[seed, method]
-            assert row["divergence_old"] > 3 * backbone["divergence_old"]
+            assert row["divergence_old"] > 2.5 * backbone["divergence_old"]
             assert row["in_context_accuracy_old"] > backbone["in_context_accuracy_old"] - 0.03
         residue = ours["residue"]
         assert residue["old"]["adapter_2_shared"] < 0.1 * residue["new"]["adapter_2_shared"]  # after the same tokens
@@ -426,9 +426,11 @@ def test_which_matrices_fine_tuning_needs(extensions):
             for part, losses in row["restored"].items()
         }
         assert max(abs(v) for v in change["key_1"].values()) < 0.1  # moved far, to no effect
-        assert row["change"]["key_1"] > 0.2
-        assert change["feed_forward"]["old"] < 0 and change["feed_forward"]["new"] > 0.5
-        assert change["output"]["old"] > 0
+        assert 0.8 < min(row["change"].values()) <= max(row["change"].values()) < 1.3
+        forgotten = row["loss_old"] - row["loss_old_backbone"]
+        assert all(change[part]["old"] > -0.5 * forgotten for part in change)  # no single matrix brings it back
+        assert all(change[part]["new"] > 0.5 for part in ("key_2", "output", "feed_forward"))
+        assert change["output"]["old"] > 0.2
 
 
 def test_the_induction_head_is_reused(extensions):
@@ -438,8 +440,9 @@ def test_the_induction_head_is_reused(extensions):
         if method == "backbone":
             assert reuse["old_trigger_old_output"] > 0.9 and sorted(cases)[-2] < 0.2
             continue
-        assert min(cases) > 0.7
-        assert max(reuse["without_key_1"], reuse["without_key_2"], reuse["without_output"]) < 0.6
+        assert min(cases) > (0.6 if method == "neutral_residues" else 0.9)
+        assert reuse["old_trigger_old_output"] > 0.99 and reuse["old_trigger_new_output"] > 0.98
+        assert max(reuse["without_key_1"], reuse["without_key_2"], reuse["without_output"]) < 0.5
         if method != "fine_tuning":
             match = row["match"]
             assert match["old_trigger_stream"] > 2 and abs(match["new_trigger_stream"]) < 1
