@@ -47,7 +47,7 @@ def growth(in_context: Rows, all_tokens: Rows) -> Figure:
         right.set_ylim(-0.02, 1.02)
         for axes in (left, right):
             axes.set_xlabel("training step")
-            axes.legend(frameon=False, fontsize=9, loc="upper left" if axes is left else "lower right")
+            axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
@@ -108,6 +108,7 @@ def memories(rows: Rows) -> Figure:
             axes.set_yscale("symlog", linthresh=0.2)
             axes.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 4], ["0", "0.1", "0.2", "0.5", "1", "2", "4"])
             axes.minorticks_off()
+            axes.set_ylim(0, 6)
         _method_legend(figure, panels[0, 0])
     return figure
 
