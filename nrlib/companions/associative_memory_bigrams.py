@@ -164,7 +164,7 @@ class Sequences:
 
     @property
     def is_in_context(self) -> Tensor:
-        """(B, T), whether the successor can be found in the context: from a trigger's second occurrence on."""
+        """Whether the context holds the successor, from a trigger's second occurrence on; (B, T)."""
         return self.occurrence >= 2
 
 
