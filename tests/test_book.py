@@ -96,9 +96,11 @@ def test_reference_has_every_module() -> None:
     modules = {
         ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
         for path in package.rglob("*.py")
-        if path.parent.name not in ("commands", "companions")
-    }
-    assert modules - {"__init__", "__main__", "cli"} == documented
+        if path.parent.name != "commands"
+    } - {"__init__", "__main__", "cli"}
+    # A companion's pictures and study keep need no entry of their own; every other module has one, and no entry is empty.
+    required = {name for name in modules if not name.startswith("companions")}
+    assert required <= documented <= modules
 
 
 def test_missing_failed_and_unexecuted_notebooks_are_named(tmp_path: Path) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
 
-from nrlib import NeutralResiduesConfig, NeutralResiduesLayer
+from nrlib import NeutralResiduesConfig, NeutralResiduesLayer, tables
 from nrlib.companions import persistent_memory as companion
+from nrlib.companions import persistent_memory_extension as extension
 from nrlib.companions.persistent_memory_extension import JointSoftmax, neutrality
+from nrlib.companions.study import published_studies
 from nrlib.config import make_config
 from nrlib.errors import BackboneError, ConfigError
 from nrlib.persistent_memory import PersistentMemory
+from nrlib.records import published_records
 from nrlib.runs import check_run
+from nrlib.storage import project_directory
 
 TOKENS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 SEEDS = (0, 1, 2)
@@ -75,6 +80,12 @@ def test_vectors_in_use_have_variance_1_and_a_step_moves_them_as_far_as_the_pape
     ):
         assert part.var().item() == pytest.approx(1, rel=0.05)
         assert stored.var().item() == pytest.approx(1 / scale**2, rel=0.05)
+    before = [part.detach().clone() for part in layer.persistent()]
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+    layer(torch.randn(2, 8, 64)).square().sum().backward()
+    optimizer.step()  # Adam's first step moves each stored number by the rate
+    for part, old, scale in zip(layer.persistent(), before, (16**0.5, 256**0.5), strict=True):
+        assert (part - old).abs().median().item() == pytest.approx(scale * 1e-3, rel=0.05)
 
 
 def test_vectors_cost_what_a_feed_forward_block_of_that_width_costs():
@@ -245,3 +256,58 @@ def test_neutrality_of_the_small_profile():
     assert values[("separate", 2)] == values[("separate", 40)] == backbone
     assert values[("joint", 2)] != backbone != values[("joint", 40)]
     assert abs(values[("biased", 40)] - backbone) < abs(values[("joint", 40)] - backbone)
+
+
+# --- the thresholds, on the published results of three seeds ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(request):
+    """Tables of the published language models, the untrained extensions and the trained ones."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
+    request.addfinalizer(patch.undo)
+    models = pd.DataFrame(companion.with_gap_closed(published_studies(companion.language_model)))
+    trials = published_studies(neutrality)
+    untrained = pd.DataFrame([{"seed": trial["seed"], **row} for trial in trials for row in trial["rows"]])
+    records = {record.run_id: record for record in published_records()}
+    arms = [records[config.run_id] for config in extension.arms("laptop", SEEDS)]
+    return models, untrained, tables.results_table(arms, records.values())
+
+
+def test_all_attention_closes_the_gap_and_vectors_without_scaling_do_not(results):
+    models, _, _ = results
+    by_kind = models.set_index(["kind", "seed"]).sort_index()
+    for kind in companion.KINDS:
+        assert set(by_kind.loc[kind].index) == set(SEEDS)
+    assert (by_kind.loc["all_attention"]["gap_closed"] > 0.7).all()
+    assert (by_kind.loc["unscaled"]["gap_closed"] < 0.2).all()
+    assert all(mass > 0.5 for masses in by_kind.loc["all_attention"]["persistent_mass"] for mass in masses)
+    assert (
+        by_kind.loc["split"]["gap_closed"] > by_kind.loc["all_attention"]["gap_closed"]
+    ).all()  # not the paper's finding
+    assert (models["perplexity"] > models["best_perplexity"]).all()
+    assert not models["n_weights"].groupby(models["kind"]).std().any()
+
+
+def test_zero_values_in_a_joint_softmax_are_the_trap_and_a_softmax_of_their_own_is_not(results):
+    _, untrained, _ = results
+    assert set(untrained["seed"]) == set(SEEDS)
+    backbone = untrained.loc[untrained["kind"] == "backbone", "bits_per_byte"]
+    assert backbone.nunique() == 1
+    assert (untrained.loc[untrained["kind"] == "separate", "bits_per_byte"] == backbone.iloc[0]).all()
+    for _, rows in untrained.groupby("seed"):
+        joint = rows[rows["kind"] == "joint"].sort_values("n_vectors")["bits_per_byte"]
+        assert joint.is_monotonic_increasing and joint.iloc[0] > backbone.iloc[0]
+        biased = rows[rows["kind"] == "biased"].sort_values("logit_bias")["bits_per_byte"]
+        assert biased.is_monotonic_increasing and biased.iloc[-1] < joint.iloc[-1]
+
+
+def test_persistent_vectors_learn_less_and_forget_more_than_adapters_beside_the_ffn(results):
+    _, _, table = results
+    compared = table[table["local_loss_weight"] > 0].set_index(["site", "seed"])
+    assert len(compared) == 3 * len(SEEDS)
+    ffn, attention, memory = (compared.loc[site] for site in ("ffn", "attention", "persistent_memory"))
+    assert memory["learning"].max() < min(ffn["learning"].min(), attention["learning"].min())
+    assert (memory["forgetting"] > ffn["forgetting"]).all()
+    assert compared["extra_weights"].max() - compared["extra_weights"].min() < 0.005

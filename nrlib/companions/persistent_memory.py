@@ -17,6 +17,7 @@ are `nrlib.persistent_memory`; why those have a softmax of their own is measured
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ from ..machine import seeded
 RESULT_VERSION = 1
 # What is compared: `unscaled` uses the stored vectors as they are, `split` adds the outputs of two softmaxes.
 KINDS = ("feed_forward", "attention_only", "all_attention", "unscaled", "split")
-N_STEPS = {"smoke": 60, "laptop": 1200}
-BATCH_SIZE, CONTEXT_LENGTH, LEARNING_RATE = 32, 32, 2e-3
+N_STEPS = {"smoke": 10}  # by profile
+N_STEPS_MEASURED = 900  # on every other profile
+BATCH_SIZE, CONTEXT_LENGTH, LEARNING_RATE = 64, 32, 2e-3
 N_MEASURED = 1_024  # held-out sequences
 
 
@@ -220,10 +222,21 @@ def language_model(*, seed: int, kind: str, n_steps: int, width: int = 256) -> d
     }
 
 
-def gap_closed(perplexities: dict[str, float], kind: str) -> float:
-    """Share of the gap between attention alone and attention with feed-forward blocks that a kind closes."""
-    without, with_ffn = perplexities["attention_only"], perplexities["feed_forward"]
-    return (without - perplexities[kind]) / (without - with_ffn)
+def language_models(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The settings of `language_model` for every kind and seed; how long it trains depends on the profile."""
+    n_steps = N_STEPS.get(profile, N_STEPS_MEASURED)
+    return [{"seed": seed, "kind": kind, "n_steps": n_steps} for kind in KINDS for seed in seeds]
+
+
+def with_gap_closed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results of `language_model`, each with the share of the gap, between attention alone and attention with feed-forward
+    blocks of the same seed, that its kind closes."""
+    perplexity = {(row["kind"], row["seed"]): row["perplexity"] for row in rows}
+    extended = []
+    for row in rows:
+        without, with_ffn = (perplexity[kind, row["seed"]] for kind in ("attention_only", "feed_forward"))
+        extended.append({**row, "gap_closed": (without - row["perplexity"]) / (without - with_ffn)})
+    return extended
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:

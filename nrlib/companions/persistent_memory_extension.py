@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..backbone import get_backbone
-from ..config import make_config
+from ..config import SITES, RunConfig, make_config
 from ..errors import ConfigError
 from ..evaluation import bits_per_byte
+from ..experiments import arm
 from ..machine import seeded
 from ..peft_method import NeutralResiduesConfig
 from ..texts import prepare_text
@@ -77,6 +78,14 @@ class JointSoftmax(nn.Module):
         return self.backbone(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=False, **options
         )  # fmt: skip
+
+
+def arms(profile: str, seeds: Sequence[int]) -> list[RunConfig]:
+    """Neutral residues at every site, in parallel in all layers, with every seed at the same budget; persistent memory with
+    the first seed without a local loss too: what it can learn when nothing holds it back."""
+    compared = [arm(profile, "neutral_residues", site=site, seed=seed) for site in SITES for seed in seeds]
+    free = {"local_loss": "none", "local_loss_weight": 0.0}
+    return [*compared, arm(profile, "neutral_residues", site="persistent_memory", seed=seeds[0], **free)]
 
 
 def neutrality(
