@@ -188,7 +188,9 @@ def placement_map(table: pd.DataFrame) -> Figure:
     """Forgetting and learning of every placement, one row a placement, each seed a point, the mean a bar."""
     layers = table["layers"].str.replace(r"^(?=\d)", "layers ", regex=True).str.replace("_", " ")
     sites = table["site"].str.replace("_", " ")
-    table = table.assign(placement=sites + ", " + table["position"] + ", " + layers, beside=table["site"].map(SITE_LABELS))
+    table = table.assign(
+        placement=sites + ", " + table["position"] + ", " + layers, beside=table["site"].map(SITE_LABELS)
+    )
     return rows(table, "placement", "beside", list(table.groupby("placement")["learning"].mean().sort_values().index))
 
 
