@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,22 @@ def test_vectors_cost_what_a_feed_forward_block_of_that_width_costs():
     vectors, ffn = (count(kind) - count("attention_only") for kind in ("all_attention", "feed_forward"))
     assert vectors == 2 * (2 * 256 * 64)
     assert 0 < ffn - vectors <= 2 * (256 + 64 + 2 * 64)  # its biases and its LayerNorm
+
+
+@pytest.mark.slow
+def test_all_attention_learns_what_attention_alone_does_not(monkeypatch):
+    """The study in short, on a smaller table; the published results below are the thresholds at full length."""
+    monkeypatch.setattr(companion, "MarkovSource", partial(companion.MarkovSource, n_symbols=12))
+    for name, value in {"BATCH_SIZE": 32, "CONTEXT_LENGTH": 12, "LEARNING_RATE": 4e-3, "N_MEASURED": 512}.items():
+        monkeypatch.setattr(companion, name, value)
+    kinds = ("attention_only", "feed_forward", "all_attention")
+    rows = [{"kind": k, "seed": 0, **companion.language_model(seed=0, kind=k, n_steps=300, width=64)} for k in kinds]
+    alone, with_ffn, vectors = companion.with_gap_closed(rows)
+    assert alone["perplexity"] > 1.03 * with_ffn["perplexity"]
+    assert (alone["gap_closed"], with_ffn["gap_closed"]) == (0, 1)
+    assert vectors["gap_closed"] > 0.7
+    assert min(vectors["persistent_mass"]) > 0.5 and alone["persistent_mass"] == [0, 0]
+    assert [step for step, _ in vectors["curve"]][-1] == 300 and vectors["curve"][0][1] > vectors["perplexity"]
 
 
 def test_attention_sees_no_later_token_and_the_mass_is_a_share():
