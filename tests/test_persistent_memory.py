@@ -201,6 +201,20 @@ def test_the_queries_are_those_the_block_makes(family, name, tiny_model, monkeyp
     torch.testing.assert_close(queries.transpose(1, 2) * scale, seen["query"])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_the_bias_of_the_output_projection_is_not_added_twice(family, tiny_model):
+    from nrlib.architecture import find_blocks
+
+    backbone = tiny_model(family)
+    with torch.no_grad():
+        for name in find_blocks(backbone, "attention"):
+            block = backbone.get_submodule(name)
+            (block.out_proj if family == "opt" else block.c_proj).bias.normal_()
+        before = backbone(input_ids=TOKENS).logits
+        model = get_peft_model(backbone, NeutralResiduesConfig(site="persistent_memory", gate="none")).eval()
+        assert torch.equal(model(input_ids=TOKENS).logits, before)
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "falcon"])
 def test_a_family_whose_queries_stand_mixed_with_its_keys_is_refused_before_anything_changes(family, tiny_model):
     backbone = tiny_model(family)
