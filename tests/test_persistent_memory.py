@@ -235,6 +235,21 @@ def test_what_is_no_attention_block_and_a_serial_position_are_refused(tiny_model
             make(site="persistent_memory", activation="gelu")
 
 
+def test_it_compiles_to_one_graph(tiny_model):
+    model = get_peft_model(tiny_model(n_layers=1), NeutralResiduesConfig(site="persistent_memory")).eval()
+    for name, parameter in model.named_parameters():
+        if ".values" in name:
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS, use_cache=False).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(input_ids=TOKENS).logits, expected, atol=1e-2)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(input_ids=TOKENS, use_cache=False).logits, expected)
+    torch._dynamo.reset()
+
+
 def test_a_run_is_checked_and_keeps_its_name(small_config):
     """The new choice adds no field: what was run before is called what it was called."""
     check_run(small_config(site="persistent_memory"))
