@@ -329,9 +329,8 @@ def test_all_attention_closes_the_gap_and_vectors_without_scaling_do_not(results
     assert (by_kind.loc["all_attention"]["gap_closed"] > 0.7).all()
     assert (by_kind.loc["unscaled"]["gap_closed"] < 0.2).all()
     assert all(mass > 0.5 for masses in by_kind.loc["all_attention"]["persistent_mass"] for mass in masses)
-    assert (
-        by_kind.loc["split"]["gap_closed"] > by_kind.loc["all_attention"]["gap_closed"]
-    ).all()  # not the paper's finding
+    split_less_joint = by_kind.loc["split"]["gap_closed"] - by_kind.loc["all_attention"]["gap_closed"]
+    assert (split_less_joint > 0.1).sum() == 2 and split_less_joint.min() > -0.01  # not the paper's finding
     assert (models["perplexity"] > models["best_perplexity"]).all()
     assert not models["n_weights"].groupby(models["kind"]).std().any()
 
@@ -343,10 +342,10 @@ def test_zero_values_in_a_joint_softmax_are_the_trap_and_a_softmax_of_their_own_
     assert backbone.nunique() == 1
     assert (untrained.loc[untrained["kind"] == "separate", "bits_per_byte"] == backbone.iloc[0]).all()
     for _, rows in untrained.groupby("seed"):
-        joint = rows[rows["kind"] == "joint"].sort_values("n_vectors")["bits_per_byte"]
-        assert joint.is_monotonic_increasing and joint.iloc[0] > backbone.iloc[0]
-        biased = rows[rows["kind"] == "biased"].sort_values("logit_bias")["bits_per_byte"]
-        assert biased.is_monotonic_increasing and biased.iloc[-1] < joint.iloc[-1]
+        joint = rows[rows["kind"] == "joint"].sort_values("n_vectors")["bits_per_byte"] / backbone.iloc[0]
+        assert joint.is_monotonic_increasing and joint.iloc[-1] > 1.1 and abs(joint.iloc[0] - 1) < 0.001
+        biased = rows[rows["kind"] == "biased"].set_index("logit_bias")["bits_per_byte"] / backbone.iloc[0]
+        assert 0 < abs(biased.loc[-10.0] - 1) < 0.001 and biased.loc[-2.0] > 1.02
 
 
 def test_persistent_vectors_learn_less_and_forget_more_than_adapters_beside_the_ffn(results):

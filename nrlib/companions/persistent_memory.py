@@ -211,7 +211,7 @@ def language_model(*, seed: int, kind: str, n_steps: int, width: int = 256) -> d
         optimizer.zero_grad(set_to_none=True)
         _loss(model, batch).backward()
         optimizer.step()
-        if step % max(1, n_steps // 12) == 0 or step == n_steps:
+        if step % max(10, n_steps // 12) == 0 or step == n_steps:
             curve.append([step, round(_perplexity(model, held_out), 4)])
     return {
         "perplexity": curve[-1][1],
