@@ -102,7 +102,9 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
     table = select(records, experiments.adapter_placement("laptop", choices, [0]))
     best = table.loc[table["learning"].idxmax()]
     assert (best["site"], best["position"], best["layers"]) == ("ffn", "parallel", "all")
-    learning = table.pivot_table(index=["site", "layers"], columns="position", values="learning")
+    learning = table.pivot_table(
+        index=["site", "layers"], columns="position", values="learning"
+    ).dropna()  # serial is not for all
     assert (learning["parallel"] > learning["serial"]).all()
     for site in ("ffn", "attention"):
         parallel = table[(table["position"] == "parallel") & (table["site"] == site)].set_index("layers")
@@ -110,6 +112,9 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
         assert parallel["forgetting"].idxmax() == "0" and parallel["forgetting"].idxmin() == "last_half"
     ffn = table[(table["position"] == "parallel") & (table["site"] == "ffn")].set_index("layers")
     assert ffn["forgetting"]["last_half"] < 0.4 * ffn["forgetting"]["all"]  # the log's "a third"
+    memory = table[table["site"] == "persistent_memory"].set_index("layers")
+    assert memory["learning"].idxmax() == "all" and memory["learning"].max() < parallel["learning"]["all"]
+    assert memory["forgetting"]["last_half"] < 0.15 * memory["forgetting"]["all"]
 
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):

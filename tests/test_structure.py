@@ -18,6 +18,7 @@ ORDER = [
     "config",
     "machine",
     "adapter", "architecture", "model_card", "tracking",
+    "persistent_memory",
     "distributed",
     "sparse_inference",
     "peft_method",
