@@ -23,8 +23,9 @@ export MPLBACKEND := agg
 PROFILE_debian-docs := laptop
 PROFILE_synthetic := smoke
 PROFILE := $(PROFILE_$(CORPUS))
+LIMIT ?= 0
 
-.PHONY: help venv book test fast matrix lint reproduce bench constraints clean
+.PHONY: help venv book pdf browser links test fast matrix lint reproduce bench dist colab constraints clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -59,6 +60,15 @@ book: $(INSTALLED)  ## execute the notebooks, build the book, print the page to 
 	@$(if $(PROFILE),,echo "CORPUS = $(CORPUS) is unknown. Allowed: debian-docs (real text, the default), synthetic." >&2; exit 1)
 	@$(RUN) nrlib.book --profile $(PROFILE)
 
+pdf: $(INSTALLED)  ## the book, with all of it as a PDF for download; needs Chromium or Chrome
+	@$(RUN) nrlib.book --profile $(PROFILE) --pdf
+
+browser: $(INSTALLED)  ## read the built book in Chromium or Chrome: every page, both themes, phone and desktop
+	@NRLIB_BOOK=build/book $(RUN) pytest -m browser
+
+links: $(INSTALLED)  ## ask every link of the book to another host whether it still leads somewhere
+	@$(RUN) nrlib.book --profile smoke --links
+
 test: lint  ## all checks and tests, with every notebook and a strict build of the book
 	@$(RUN) pytest
 
@@ -82,10 +92,22 @@ lint: $(INSTALLED)  ## style, types, spelling, stripped notebooks
 	@find notebooks -name '*.ipynb' -exec $(BIN)/nbstripout --verify --extra-keys 'metadata.papermill cell.metadata.papermill' {} +
 
 reproduce: $(INSTALLED)  ## train all published runs again and report the differences (hours)
-	@$(RUN) nrlib.cli reproduce
+	@$(RUN) nrlib.cli reproduce --limit $(LIMIT)
 
 bench: $(INSTALLED)  ## speed and memory of training and inference, method against method
 	@$(RUN) nrlib.cli bench
+
+dist: $(INSTALLED)  ## the package as it would be uploaded, checked
+	@rm -rf dist
+	@$(RUN) build --outdir dist
+	@$(RUN) twine check --strict dist/*
+
+colab: export GIT_INDEX_FILE := $(CURDIR)/build/colab.index
+colab:  # for a release: notebooks with an installing cell (nrlib/launch.py) to the branch that the Colab buttons open
+	@rm -f $(GIT_INDEX_FILE)
+	@git --work-tree=build/colab add --force --all
+	@git push --force origin "$$(git -c user.name=nrlib -c user.email=nrlib@users.noreply.github.com \
+	  commit-tree -m 'Notebooks of the release' "$$(git write-tree)")":refs/heads/colab
 
 constraints: $(INSTALLED)  ## write constraints.txt anew from pyproject.toml, keeping versions that still fit
 	@$(RUN) pip install --quiet uv
@@ -93,5 +115,5 @@ constraints: $(INSTALLED)  ## write constraints.txt anew from pyproject.toml, ke
 	  --custom-compile-command 'make constraints' -o constraints.txt pyproject.toml
 
 clean:  ## delete what was built; texts, backbones and runs in data/cache stay
-	rm -rf build .mypy_cache .pytest_cache .ruff_cache nrlib.egg-info
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache nrlib.egg-info
 	find nrlib tests -name __pycache__ -type d -exec rm -rf {} +

@@ -23,7 +23,29 @@ GATE_FUNCTIONS: dict[str, Function] = {"sigmoid": torch.sigmoid, "relu": F.relu,
 ACTIVATION_FUNCTIONS: dict[str, Function] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "identity": nn.Identity()}
 
 
-class GatedAdapter(nn.Module):
+class GatedResidue(nn.Module):
+    """What is added beside a block of the backbone: something scaled by one gate per token, or by none."""
+
+    block_gate: nn.Linear | None
+    gate: str
+
+    def add_gate(self, d_model: int, gate: str) -> None:
+        """The block gate, none for gate = 'none'."""
+        self.block_gate = nn.Linear(d_model, 1) if gate != "none" else None  # w (1, D), b (1,)
+        self.gate = gate
+
+    def gate_values(self, x: Tensor) -> Tensor:
+        """gate(x), (B, T, 1)."""
+        assert self.block_gate is not None, "gate = 'none' has no values"
+        return GATE_FUNCTIONS[self.gate](self.block_gate(x))
+
+
+def initial_variance(d_model: int, n_layers: int, initialisation: str) -> float:
+    """Variance of the new weights that read a hidden state: 'low_variance' 1/(D·L), 'he' 2/D."""
+    return 1 / (d_model * n_layers) if initialisation == "low_variance" else 2 / d_model
+
+
+class GatedAdapter(GatedResidue):
     """A gated linear unit whose output is scaled by one gate per token.
 
         adapter(x) = W_o ( silu(W_g x) * (W_i x) )
@@ -53,10 +75,9 @@ class GatedAdapter(nn.Module):
         self.input_projection = nn.Linear(d_model, width, bias=False)  # W_i (H, D)
         self.gate_projection = nn.Linear(d_model, width, bias=False)  # W_g (H, D)
         self.output_projection = nn.Linear(width, d_model, bias=False)  # W_o (D, H)
-        self.block_gate = nn.Linear(d_model, 1) if gate != "none" else None  # w (1, D), b (1,)
-        self.gate = gate
+        self.add_gate(d_model, gate)
         self.activation = activation
-        self.initialise(1 / (d_model * n_layers) if initialisation == "low_variance" else 2 / d_model)
+        self.initialise(initial_variance(d_model, n_layers, initialisation))
 
     @torch.no_grad()
     def initialise(self, variance: float) -> None:
@@ -77,8 +98,3 @@ class GatedAdapter(nn.Module):
         activate = ACTIVATION_FUNCTIONS[self.activation]
         hidden = activate(self.gate_projection(x)) * self.input_projection(x)  # (B, T, H)
         return self.output_projection(hidden)
-
-    def gate_values(self, x: Tensor) -> Tensor:
-        """gate(x), (B, T, 1)."""
-        assert self.block_gate is not None, "gate = 'none' has no values"
-        return GATE_FUNCTIONS[self.gate](self.block_gate(x))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import LAYER_CHOICES
 from .errors import BackboneError, ConfigError
@@ -19,6 +19,7 @@ BLOCK_NAMES = {
     "ffn": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1"),
     "attention": ("self_attn", "self_attention", "attention", "attn"),
 }
+BLOCK_NAMES["persistent_memory"] = BLOCK_NAMES["attention"]
 
 
 def find_blocks(model: nn.Module, site: str) -> list[str]:
@@ -85,6 +86,56 @@ class JoinedFeedForward(nn.Sequential):
     def split(self, layer: nn.Module) -> None:
         """Give `layer` its three modules back."""
         layer.fc1, layer.activation_fn, layer.fc2 = self
+
+
+# The attention blocks whose queries can be read: what makes them (alone, or as the first part of what one layer makes), and
+# what brings the heads back to the model's width.
+_QUERY_NAMES, _OUTPUT_NAMES = ("q_proj", "qkv_proj", "c_attn"), ("o_proj", "out_proj", "c_proj")
+
+
+def attention_shape(block: nn.Module) -> tuple[int, int]:
+    """Heads of an attention block's queries, and their width d_h.
+
+    Raises
+    ------
+    BackboneError
+        When it is no attention block, or one whose queries stand mixed with its keys.
+    """
+    n_heads = getattr(getattr(block, "config", None), "num_attention_heads", None)
+    d_head = getattr(block, "head_dim", None)
+    if not (n_heads and d_head and _part(block, _QUERY_NAMES) and _part(block, _OUTPUT_NAMES)):
+        block = getattr(block, "base_layer", block)
+        raise BackboneError(
+            f"site = 'persistent_memory' reads the queries of an attention block, but in {type(block).__name__} they are not "
+            f"found: looked for {', '.join(_QUERY_NAMES)} with {', '.join(_OUTPUT_NAMES)}; it holds "
+            f"{', '.join(name for name, _ in block.named_children()) or 'nothing'}. Choose site = 'attention' or 'ffn', "
+            "which need to know nothing of the block."
+        )
+    return n_heads, d_head
+
+
+def attention_queries(block: nn.Module, x: Tensor) -> Tensor:
+    """Queries (…, heads, d_h) of an attention block for hidden states x (…, D), before any rotation by position."""
+    n_heads, d_head = attention_shape(block)
+    made: Tensor = _part(block, _QUERY_NAMES)(x)  # type: ignore[misc]
+    queries = made[..., : n_heads * d_head]
+    norm: Any = getattr(block, "q_norm", None)
+    if norm is not None and norm.weight.numel() != d_head:  # over all heads at once (OLMo 2)
+        queries = norm(queries)
+    queries = queries.unflatten(-1, (n_heads, d_head))
+    return norm(queries) if norm is not None and norm.weight.numel() == d_head else queries
+
+
+def attention_output(block: nn.Module, mixed: Tensor) -> Tensor:
+    """The output projection of an attention block, without its bias, of mixed values (…, heads · d_h)."""
+    projection: Any = _part(block, _OUTPUT_NAMES)
+    output: Tensor = projection(mixed)
+    bias = getattr(projection, "bias", None)
+    return output if bias is None else output - bias
+
+
+def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((part for name in names if (part := getattr(block, name, None)) is not None), None)
 
 
 def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -157,8 +208,13 @@ def n_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
-def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_gate: bool) -> int:
-    """The largest adapter width H whose weights, over all blocks, stay within `extra_ratio` of the backbone's.
+def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_gate: bool, per_unit: int) -> int:
+    """The largest width whose weights, over all blocks, stay within `extra_ratio` of the backbone's.
+
+    Parameters
+    ----------
+    per_unit : weights of one unit of width in one block: 3·D of an adapter, a key and a value of each head (2·heads·d_h)
+        of persistent memory.
 
     Raises
     ------
@@ -167,9 +223,9 @@ def width_for_budget(model: nn.Module, extra_ratio: float, n_blocks: int, has_ga
     """
     d_model, n_backbone = model_width(model), count_weights(model)
     per_block = extra_ratio * n_backbone / n_blocks - ((d_model + 1) if has_gate else 0)
-    width = int(per_block // (3 * d_model))
+    width = int(per_block // per_unit)
     if width < 1:
-        smallest = n_blocks * (3 * d_model + ((d_model + 1) if has_gate else 0)) / n_backbone
+        smallest = n_blocks * (per_unit + ((d_model + 1) if has_gate else 0)) / n_backbone
         raise ConfigError(
             f"extra_ratio = {extra_ratio:g} is too small: {extra_ratio:.2%} of {n_backbone:,} backbone weights over "
             f"{n_blocks} adapters pays for less than one unit of width. Give at least {smallest:.2g}, or fewer layers."

@@ -23,14 +23,25 @@ from typing import Any
 
 import yaml
 
+from . import __version__
+from .chromium import find_chromium
 from .config import flat_values, make_config, parameters
 from .errors import NrlibError
 from .guide import guide_tables
+from .launch import COLAB_BRANCH, add_install_cell, repository_url, write_copies
 from .pages import check_pages
+from .pdf import print_book
 from .profiles import PROFILES
 from .storage import atomic_directory, project_directory
 
-PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "book")
+PDF = "neutral-residues.pdf"  # in the folder of the book
+# Jupyter Book's own lacks language, title and icon, without which browsers ask for one.
+FRONT = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Neutral residues</title>
+<link rel="icon" href="_static/favicon.svg"><meta http-equiv="refresh" content="0; url=book/index.html"></head>
+<body><main><h1>Neutral residues</h1><p><a href="book/index.html">To the book</a></p></main></body></html>
+"""
+PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "book", "nrlib")  # the package for what pages show of its source
 # Figures of notebooks that a page of the book shows too: executed by the notebook, captioned there, embedded here.
 SHARED_FIGURES = {"methods": ("fig-methods-plane",)}
 
@@ -64,7 +75,9 @@ def execute_notebooks(
     return executed
 
 
-def build_book(executed: Mapping[str, Path], output: Path, *, source: Path | None = None) -> Path:
+def build_book(
+    executed: Mapping[str, Path], output: Path, *, source: Path | None = None, with_pdf: bool = False
+) -> Path:
     """Build the book from executed notebooks and return its first page.
 
     Parameters
@@ -72,17 +85,23 @@ def build_book(executed: Mapping[str, Path], output: Path, *, source: Path | Non
     executed : executed copy of each notebook in the table of contents, by name.
     output : folder of the finished book; replaced only when the build and all checks have passed.
     source : checkout with `_config.yml`, `_toc.yml` and `book/`; default this one.
+    with_pdf : print the whole book too, and offer it among the downloads of every page.
 
     Raises
     ------
     BookError
         For a notebook that is missing or holds an error, a warning of Sphinx, or a page that fails a check.
+    BrowserError
+        When a PDF is wanted and no browser is found to print it.
     """
     source = source or project_directory()
     check_notebooks(executed, notebooks_in_contents(source))
     stage = output.parent / "stage"
-    stage_book(source, executed, stage)
+    stage_book(source, executed, stage, with_pdf=with_pdf)
     html = _run_jupyter_book(stage)
+    (html / "index.html").write_text(FRONT, encoding="utf-8")
+    if with_pdf:
+        print_book(_run_jupyter_book(stage, "singlehtml"), html / PDF)
     if problems := check_pages(html):
         raise BookError(f"The book was built in {html}, but its pages have problems:\n" + "\n".join(problems))
     with atomic_directory(output) as finished:
@@ -140,8 +159,9 @@ def _cells(notebook: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
+def stage_book(source: Path, executed: Mapping[str, Path], stage: Path, *, with_pdf: bool = False) -> None:
     """Lay pages, executed notebooks and generated passages out as in the checkout, in an empty folder."""
+    url = repository_url(source)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     for name in PAGES:
@@ -149,9 +169,14 @@ def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
             shutil.copytree(source / name, stage / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif (source / name).exists():
             shutil.copy(source / name, stage)
+    if (source / "nrlib" / "adapter.py").exists():  # a chapter shows parts of it by reference
+        (stage / "nrlib").mkdir()
+        shutil.copy(source / "nrlib" / "adapter.py", stage / "nrlib")
+    _configure(stage / "_config.yml", url, with_pdf)
     (stage / "notebooks").mkdir()
     for name, path in executed.items():
-        shutil.copy(path, stage / "notebooks" / f"{name}.ipynb")
+        notebook = add_install_cell(json.loads(path.read_text(encoding="utf-8")), url, __version__)
+        (stage / "notebooks" / f"{name}.ipynb").write_text(json.dumps(notebook, indent=1), encoding="utf-8")
     generated = stage / "book" / "_generated"
     generated.mkdir()
     (generated / "parameters.md").write_text(parameters_table(), encoding="utf-8")
@@ -167,6 +192,16 @@ def stage_book(source: Path, executed: Mapping[str, Path], stage: Path) -> None:
         if name in executed:
             for figure in figures:
                 _share_figure(_cells(executed[name]), figure, generated)
+
+
+def _configure(path: Path, url: str, with_pdf: bool) -> None:
+    """Write into the staged settings what only this build knows: where the repository is, and that there is a PDF."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings["sphinx"]["config"]["book_pdf"] = PDF if with_pdf else ""
+    if url:
+        settings["repository"] = {"url": url, "branch": COLAB_BRANCH}  # only the Colab buttons read it
+        settings["launch_buttons"] = {"colab_url": "https://colab.research.google.com"}
+    path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
 
 
 def parameters_table() -> str:
@@ -208,9 +243,10 @@ def _share_figure(cells: list[dict[str, Any]], name: str, folder: Path) -> None:
     raise BookError(f"No executed cell draws the figure {name}, which a page of the book shows.")
 
 
-def _run_jupyter_book(stage: Path) -> Path:
-    """Build with every warning an error; returns the folder of the pages."""
-    arguments = ["build", str(stage), "--all", "-W", "--keep-going", "-n"]
+def _run_jupyter_book(stage: Path, builder: str = "html") -> Path:
+    """Build with every warning an error; returns the folder of what was built."""
+    arguments = ["build", str(stage), "--builder", builder, "-W", "--keep-going", "-n"]
+    arguments += ["--all"] if builder == "html" else []
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", *arguments]
     python_path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     settings = {"PYTHONPATH": python_path, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
@@ -221,7 +257,12 @@ def _run_jupyter_book(stage: Path) -> Path:
         warnings = [line for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
         report = "\n".join(warnings or printed.splitlines()[-40:]).replace(f"{stage}{os.sep}", "")
         raise BookError(f"Jupyter Book stopped:\n{report}")
-    return stage / "_build" / "html"
+    return stage / "_build" / builder
+
+
+def check_links(stage: Path) -> None:
+    """Ask every link of a staged book to another host for an answer; raises BookError for one that leads nowhere."""
+    _run_jupyter_book(stage, "linkcheck")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -229,10 +270,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nrlib.book", description="Execute the notebooks, build the book.")
     parser.add_argument("--profile", choices=list(PROFILES), default="laptop")
     parser.add_argument("--output", type=Path, default=project_directory() / "build" / "book")
+    parser.add_argument("--pdf", action="store_true", help="print the whole book too; needs Chromium or Chrome")
+    parser.add_argument("--links", action="store_true", help="then ask every link to another host for an answer")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     try:
-        counts, page = _execute_and_build(options.profile, options.output)
+        if options.pdf:
+            find_chromium()  # before an hour's work, not after
+        counts, page = _execute_and_build(options.profile, options.output, with_pdf=options.pdf)
+        if options.links:
+            check_links(options.output.parent / "stage")
     except NrlibError as error:
         raise SystemExit(f"Error: {error}") from error
     print(
@@ -241,7 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"The book: {page.absolute().as_uri()}")
 
 
-def _execute_and_build(profile: str, output: Path) -> tuple[dict[str, int], Path]:
+def _execute_and_build(profile: str, output: Path, *, with_pdf: bool) -> tuple[dict[str, int], Path]:
+    from .notebooks import find_notebook
     from .records import read_counts
 
     counts_path = output.parent / "runs.jsonl"
@@ -249,7 +297,12 @@ def _execute_and_build(profile: str, output: Path) -> tuple[dict[str, int], Path
     os.environ["NRLIB_COUNTS"] = str(counts_path.absolute())  # the notebooks' kernels write there
     executed = execute_notebooks(profile, output.parent / "notebooks")
     print("building the pages", flush=True)
-    return read_counts(), build_book(executed, output)
+    page = build_book(executed, output, with_pdf=with_pdf)
+    if url := repository_url(project_directory()):
+        write_copies(
+            [find_notebook(name) for name in executed], output.parent / "colab" / "notebooks", url, __version__
+        )
+    return read_counts(), page
 
 
 if __name__ == "__main__":

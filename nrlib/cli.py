@@ -375,16 +375,18 @@ def reproduce(
     limit: Annotated[int, typer.Option(min=0, metavar="N", help="Only N records, spread over all; 0 is all.")] = 0,
     profile: Annotated[str, typer.Option(help=f"Only records of this profile. {_PROFILE_HELP}")] = "",
     tolerance: Annotated[float, typer.Option(min=0, help="Difference in bits per byte that passes.")] = 0.02,
+    run: Annotated[list[str], typer.Option(metavar="RUN_ID", help="Only this record; may be repeated.")] = [],  # noqa: B006
 ) -> None:
     """Train published records again, backbones included, and report the differences.
 
     \b
     Examples:  nrlib reproduce --limit 4
                nrlib reproduce --profile laptop
+               nrlib reproduce --run laptop-nr-s0-06e8cc7c
     """
     from .commands import reproduce as command
 
-    chosen: list[Record] = command.choose_records(profile, limit)
+    chosen: list[Record] = command.choose_records(profile, limit, run)
     report, is_within = command.reproduce_and_report(chosen, tolerance)
     typer.echo(report)
     if not is_within:

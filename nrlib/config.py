@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ LOCAL_LOSSES = ("none", "l1", "domain_cross_entropy", "l1_everywhere")
 ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 INITIALISATIONS = ("low_variance", "he")
 POSITIONS = ("parallel", "serial")
-SITES = ("ffn", "attention")
+SITES = ("ffn", "attention", "persistent_memory")
+# Persistent vectors are read by the block's own queries, which are made of its input.
+PLACEMENTS = tuple(p for p in itertools.product(POSITIONS, SITES) if p != ("serial", "persistent_memory"))
 LAYER_CHOICES = ("all", "first_half", "last_half", "every_other")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -106,7 +109,12 @@ class MethodConfig:
     position: str = parameter(
         "parallel", "adapter reads the block's input (parallel) or output (serial)", choices=POSITIONS
     )
-    site: str = parameter("ffn", "block the adapter stands beside", choices=SITES)
+    site: str = parameter(
+        "ffn",
+        "block the adapter stands beside; persistent_memory: in its place, key and value vectors for the heads of the "
+        "attention block",
+        choices=SITES,
+    )
     layers: str = parameter("all", "all, first_half, last_half, every_other, or indices such as '0,2,3'")
     activation: str = parameter(
         "silu", "activation inside the adapter's gated linear unit", choices=ACTIVATIONS, is_later=True
@@ -177,6 +185,7 @@ class RunConfig:
                 "Name a proxy corpus (for example proxy = 'debian-docs:en/libreoffice+gnome')."
             )
         check_layers(self.method.layers)
+        check_placement(self.method.position, self.method.site, self.method.activation)
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical form: what a record stores and what the run's name is made of."""
@@ -285,6 +294,20 @@ def check_layers(layers: str) -> None:
         f"layers = {layers!r} is not allowed. Give one of {', '.join(LAYER_CHOICES)}, or layer indices separated by "
         "commas, such as '0,2,3'."
     )
+
+
+def check_placement(position: str, site: str, activation: str) -> None:
+    """Raise ConfigError for a position or an activation that the site does not have."""
+    if site == "persistent_memory" and activation != MethodConfig.activation:
+        raise ConfigError(
+            f"activation = {activation!r} has no meaning for site = 'persistent_memory', which has no gated linear unit. Leave "
+            "activation out, or choose site = 'ffn' or 'attention'."
+        )
+    if (position, site) not in PLACEMENTS:
+        raise ConfigError(
+            f"position = {position!r} has no meaning for site = {site!r}: persistent vectors are read by the attention block's "
+            "own queries, which are made of its input. Leave position out, or choose site = 'attention' or 'ffn'."
+        )
 
 
 def _coerce(f: dataclasses.Field[Any], value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import POSITIONS, SITES, RunConfig, make_config
+from .config import PLACEMENTS, RunConfig, make_config
 from .profiles import ALL_METHODS, FIXED_BY_METHOD, METHODS, PRESETS, STRENGTHS
 
 # Each method at its best learning rate: chosen on the validation text in the notebook `methods`; a test holds this table
@@ -103,8 +103,7 @@ def adapter_placement(profile: str, layers: Sequence[str], seeds: Sequence[int],
     layers with every seed, the others with the first seed."""
     return [
         arm(profile, "neutral_residues", position=position, site=site, layers=choice, seed=seed, **changes)
-        for position in POSITIONS
-        for site in SITES
+        for position, site in PLACEMENTS
         for choice in layers
         for seed in (seeds if choice == layers[0] else seeds[:1])
     ]

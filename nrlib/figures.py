@@ -34,6 +34,9 @@ METHOD_STYLE = {
     "orthogonal_finetuning": (_PALETTE[6], "X"), "gated_lora": (_PALETTE[7], "<"),
     "elastic_weight_consolidation": (_PALETTE[8], ">"), "distillation": (_PALETTE[9], "*"),
 }  # fmt: skip
+SITE_LABELS = {
+    "ffn": "beside the FFN", "attention": "beside attention", "persistent_memory": "persistent vectors in attention",
+}  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
 _STYLE: Any = {
@@ -184,8 +187,10 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
 def placement_map(table: pd.DataFrame) -> Figure:
     """Forgetting and learning of every placement, one row a placement, each seed a point, the mean a bar."""
     layers = table["layers"].str.replace(r"^(?=\d)", "layers ", regex=True).str.replace("_", " ")
-    table = table.assign(placement=table["site"] + ", " + table["position"] + ", " + layers)
-    table = table.assign(beside="beside " + table["site"].replace({"ffn": "the FFN"}))
+    sites = table["site"].str.replace("_", " ")
+    table = table.assign(
+        placement=sites + ", " + table["position"] + ", " + layers, beside=table["site"].map(SITE_LABELS)
+    )
     return rows(table, "placement", "beside", list(table.groupby("placement")["learning"].mean().sort_values().index))
 
 

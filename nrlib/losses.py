@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapter import GATE_FUNCTIONS, GatedAdapter
+from .adapter import GATE_FUNCTIONS, GatedResidue
 from .config import LOCAL_LOSSES
 from .errors import ConfigError
 from .peft_method import active_adapters, adapters_with_layers
@@ -41,7 +41,7 @@ class LocalLoss:
 
     Parameters
     ----------
-    model : any module that contains `GatedAdapter`s.
+    model : any module that contains `GatedResidue`s.
     kind : 'l1', mean over layers and original-domain tokens of ||residue||_1 / D; 'domain_cross_entropy', mean over
         layers and tokens of the cross-entropy of the gate as a classifier of the new domain; 'l1_everywhere', like 'l1'
         over the tokens of both domains, to see what being local is worth; or 'none'.
@@ -62,7 +62,7 @@ class LocalLoss:
                 "The local loss 'domain_cross_entropy' trains block gates, but an adapter has gate = 'none'. Choose gate = "
                 "'sigmoid', or the local loss 'l1' or 'none'."
             )
-        if kind != "none" and not any(isinstance(module, GatedAdapter) for module in model.modules()):
+        if kind != "none" and not any(isinstance(module, GatedResidue) for module in model.modules()):
             raise ConfigError(
                 f"The local loss {kind!r} is a loss on adapters, and {type(model).__name__} has none. Extend it with "
                 "get_peft_model(model, NeutralResiduesConfig()) first, or choose the local loss 'none'."

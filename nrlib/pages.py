@@ -1,4 +1,7 @@
-"""What Sphinx does not check on the pages it builds: links, alternative texts, requests to other hosts."""
+"""What Sphinx does not check on the pages it builds: links, alternative texts, requests to other hosts, size.
+
+What takes a browser to see is seen by tests/test_browser.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from lxml import html
 
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 _IMAGE_NAME = re.compile(r"\.(png|svg|jpe?g|gif|webp)$|^_?images?/", re.IGNORECASE)
+MAXIMUM_BYTES = 500_000  # of a page, without its images
+_EMBEDDED_IMAGE = re.compile(r"data:image/[^\"')]+")
 _RAW_ROLE = re.compile(r"\{(?:glue|py|eq|ref|numref|cite|doc)[:\w]*\}`")
 
 
@@ -18,13 +23,15 @@ def check_pages(folder: Path) -> list[str]:
     """Problems of all pages under `folder`, one line each; none for a book that is fit to be read.
 
     Every internal link leads to a file and every anchor to an element; every image of the text has an alternative text
-    that is not its file name; no page loads a script, style sheet or image from another host; no role is left unread.
+    that is not its file name; no page loads a script, style sheet or image from another host; no role is left unread, no traceback is shown, and no
+    page is larger than 500 kB without its images.
     """
     pages = {path: html.parse(path).getroot() for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts}
     anchors = {path: _anchors(root) for path, root in pages.items()}
     problems = []
     for path, root in pages.items():
         found = [*_link_problems(path, root, anchors), *_image_problems(root), *_host_problems(root), *_left_over(root)]
+        found += [*_size_problems(path), *([] if "_modules" in path.parts else _traceback_problems(root))]
         problems += [f"{path.relative_to(folder)}: {problem}" for problem in dict.fromkeys(found)]
     return problems
 
@@ -43,6 +50,8 @@ def _link_problems(page: Path, root: html.HtmlElement, anchors: dict[Path, set[s
             target /= "index.html"
         if not target.exists():
             yield f"{link} leads nowhere"
+        elif "=" in parts.fragment:
+            continue  # where the explorer's dials stand
         elif parts.fragment and target in anchors and unquote(parts.fragment) not in anchors[target]:
             yield f"{link} names an anchor that the page does not have"
 
@@ -67,3 +76,14 @@ def _left_over(root: html.HtmlElement) -> Iterator[str]:
     for text in root.xpath("//main//text()[not(ancestor::pre) and not(ancestor::code) and not(ancestor::script)]"):
         if match := _RAW_ROLE.search(str(text)):
             yield f"{str(text)[match.start() : match.start() + 60]!r} was not understood as a role"
+
+
+def _traceback_problems(root: html.HtmlElement) -> Iterator[str]:
+    if any("Traceback (most recent call last)" in str(text) for text in root.xpath("//main//text()")):
+        yield "shows a traceback"
+
+
+def _size_problems(path: Path) -> Iterator[str]:
+    size = len(_EMBEDDED_IMAGE.sub("", path.read_text(encoding="utf-8")).encode())
+    if size > MAXIMUM_BYTES:
+        yield f"has {size / 1000:.0f} kB without its images, more than {MAXIMUM_BYTES / 1000:.0f}: split the page"

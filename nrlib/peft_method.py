@@ -7,6 +7,7 @@ model = peft.get_peft_model(backbone, nrlib.NeutralResiduesConfig(extra_ratio=0.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from .adapter import GatedAdapter
+from .adapter import GatedAdapter, GatedResidue
 from .architecture import (
     JoinedFeedForward,
+    attention_shape,
     count_layers,
     find_blocks,
     layer_children,
@@ -26,9 +28,10 @@ from .architecture import (
     select_layers,
     width_for_budget,
 )
-from .config import MethodConfig, check_layers, check_value
+from .config import MethodConfig, check_layers, check_placement, check_value
 from .errors import ConfigError
 from .model_card import write_model_card
+from .persistent_memory import PersistentMemory
 from .sparse_inference import add_residue
 from .weights import check_fit, refuse_pickles, shapes_differ
 
@@ -66,7 +69,11 @@ class NeutralResiduesConfig(PeftConfig):
     site: str = _DEFAULTS["site"]
     layers: str | list[int] = _DEFAULTS["layers"]
     width: int | None = field(
-        default=None, metadata={"help": "adapter width H; None: as wide as extra_ratio allows, filled in at injection"}
+        default=None,
+        metadata={
+            "help": "adapter width H, or number N of persistent vectors of each head; None: as wide as extra_ratio allows, "
+            "filled in at injection"
+        },
     )
     target_modules: list[str] | tuple[str, ...] | None = field(
         default=None, metadata={"help": "full names of the wrapped blocks; None: found from site and layers"}
@@ -84,6 +91,7 @@ class NeutralResiduesConfig(PeftConfig):
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             check_value(name, float(value) if is_whole else value, _FIELDS[name])
         check_layers(self.layers)
+        check_placement(self.position, self.site, self.activation)
         if self.local_loss == "domain_cross_entropy" and self.gate == "none":
             raise ConfigError(
                 "local_loss = 'domain_cross_entropy' trains the block gate as a domain classifier, but gate = 'none'. "
@@ -105,7 +113,8 @@ class NeutralResiduesConfig(PeftConfig):
 class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
     """A backbone block (feed-forward or attention) with adapters beside it.
 
-    parallel: output = block(x) + residue(x); serial: output = block(x) + residue(block(x)).
+    parallel: output = block(x) + residue(x); serial: output = block(x) + residue(block(x)). Persistent memory is parallel,
+    and reads with the block's own queries.
     """
 
     adapter_layer_names = ("neutral_residues_adapters",)
@@ -127,7 +136,13 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
         """Add an adapter, on the device of the block."""
-        adapter = GatedAdapter(d_model, config.width, n_layers, config.gate, config.initialisation, config.activation)
+        width, gate, initialisation = config.width, config.gate, config.initialisation
+        adapter: GatedResidue
+        if config.site == "persistent_memory":
+            n_heads, d_head = attention_shape(self.base_layer)
+            adapter = PersistentMemory(d_model, n_heads, d_head, width, n_layers, gate, initialisation)
+        else:
+            adapter = GatedAdapter(d_model, width, n_layers, gate, initialisation, config.activation)
         weight = next(self.base_layer.parameters())
         if not any(p.is_meta for p in adapter.parameters()):
             adapter.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
@@ -135,7 +150,7 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         self.neutral_residues_positions[adapter_name] = config.position
         self.set_adapter(self.active_adapters)
 
-    def active_adapter_modules(self) -> list[GatedAdapter]:
+    def active_adapter_modules(self) -> list[GatedResidue]:
         """The adapters that take part in the forward pass now."""
         if self.disable_adapters:
             return []
@@ -151,7 +166,11 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         extended = block_output
         adapters: Any = self.neutral_residues_adapters
         for name in self.active_adapters:
-            if name in adapters:
+            if name not in adapters:
+                continue
+            if isinstance(adapters[name], PersistentMemory):
+                extended = extended + adapters[name](x, self.base_layer).to(extended.dtype)
+            else:
                 adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
                 extended = add_residue(extended, adapters[name], adapter_input)
         return (extended, *output[1:]) if isinstance(output, tuple) else extended
@@ -188,9 +207,12 @@ class NeutralResiduesModel(BaseTuner):
                 f"target_modules names {missing[0]!r}, which {type(self.model).__name__} does not have. Its decoder layers "
                 f"hold: {', '.join(layer_children(self.model))}."
             )
+        per_unit = 3 * model_width(self.model)
+        if peft_config.site == "persistent_memory":  # asked of every block, before any is changed
+            per_unit = 2 * max(math.prod(attention_shape(self.model.get_submodule(name))) for name in targets)
         if peft_config.width is None:
             has_gate = peft_config.gate != "none"
-            filled_in["width"] = width_for_budget(self.model, peft_config.extra_ratio, len(targets), has_gate)
+            filled_in["width"] = width_for_budget(self.model, peft_config.extra_ratio, len(targets), has_gate, per_unit)
         for name, value in filled_in.items():
             setattr(peft_config, name, value)
         # From 20 names on, PEFT abbreviates a list or set of them to endings; a tuple it leaves alone.
@@ -264,17 +286,17 @@ class NeutralResiduesModel(BaseTuner):
 register_peft_method(name=PEFT_NAME, config_cls=NeutralResiduesConfig, model_cls=NeutralResiduesModel)
 
 
-def active_adapters(model: nn.Module) -> list[GatedAdapter]:
+def active_adapters(model: nn.Module) -> list[GatedResidue]:
     """The adapters that take part in the forward pass of `model`, first layer first."""
     return [adapter for _, adapter in adapters_with_layers(model)]
 
 
-def adapters_with_layers(model: nn.Module) -> list[tuple[int, GatedAdapter]]:
+def adapters_with_layers(model: nn.Module) -> list[tuple[int, GatedResidue]]:
     """The active adapters, each with the index of its decoder layer, first layer first."""
     modules = list(model.named_modules())
     blocks = [(name, m.active_adapter_modules()) for name, m in modules if isinstance(m, NeutralResiduesLayer)]
     if not blocks:  # adapters used without PEFT
-        blocks = [(name, [m]) for name, m in modules if isinstance(m, GatedAdapter)]
+        blocks = [(name, [m]) for name, m in modules if isinstance(m, GatedResidue)]
     return [(_last_index(name), adapter) for name, adapters in blocks for adapter in adapters]
 
 

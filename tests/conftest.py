@@ -114,3 +114,23 @@ def small_config():
     from nrlib.config import make_config
 
     return lambda **changes: make_config("smoke", **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="session")
+def built_book(tmp_path_factory):
+    """Folder of the finished book: `$NRLIB_BOOK`, else built once a session from notebooks on the smallest profile."""
+    from pathlib import Path
+
+    from nrlib import book
+    from nrlib.storage import project_directory
+
+    if named := os.environ.get("NRLIB_BOOK"):
+        folder = Path(named).resolve()
+        assert (folder / "index.html").exists(), f"NRLIB_BOOK: there is no book in {folder}. Run: make book"
+        return folder
+    folder = tmp_path_factory.mktemp("book")
+    changes = {"seeds": [0], "learning_rates": [0.01]}
+    executed = book.execute_notebooks("smoke", folder / "notebooks", changes, progress=False)
+    with pytest.MonkeyPatch.context() as patch:  # the explorer and the guide show the published records
+        patch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
+        return book.build_book(executed, folder / "book").parent

@@ -102,7 +102,9 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
     table = select(records, experiments.adapter_placement("laptop", choices, [0]))
     best = table.loc[table["learning"].idxmax()]
     assert (best["site"], best["position"], best["layers"]) == ("ffn", "parallel", "all")
-    learning = table.pivot_table(index=["site", "layers"], columns="position", values="learning")
+    learning = table.pivot_table(
+        index=["site", "layers"], columns="position", values="learning"
+    ).dropna()  # serial is not for all
     assert (learning["parallel"] > learning["serial"]).all()
     for site in ("ffn", "attention"):
         parallel = table[(table["position"] == "parallel") & (table["site"] == site)].set_index("layers")
@@ -110,6 +112,9 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
         assert parallel["forgetting"].idxmax() == "0" and parallel["forgetting"].idxmin() == "last_half"
     ffn = table[(table["position"] == "parallel") & (table["site"] == "ffn")].set_index("layers")
     assert ffn["forgetting"]["last_half"] < 0.4 * ffn["forgetting"]["all"]  # the log's "a third"
+    memory = table[table["site"] == "persistent_memory"].set_index("layers")
+    assert memory["learning"].idxmax() == "all" and memory["learning"].max() < parallel["learning"]["all"]
+    assert memory["forgetting"]["last_half"] < 0.15 * memory["forgetting"]["all"]
 
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
@@ -173,3 +178,13 @@ def test_a_kl_term_moves_along_the_same_dial(records):
     grid = select(records, experiments.recipes("laptop", [0.0, 2.0, 8.0], [0.0, 1.0, 5.0], [0]))
     at = grid.set_index(["local_loss_weight", "kl_weight"])["forgetting"]
     assert at[5.0, 2.0] < 0.8 * at[5.0, 0.0] and at[5.0, 2.0] < 0.5 * at[0.0, 2.0]
+
+
+def test_room_decides_how_much_is_learned_and_not_how_much_is_forgotten(records):
+    budgets = [0.03, 0.1, 0.2, 0.5]
+    table = select(records, experiments.budgets("laptop", budgets, ["neutral_residues", "lora"], [0]))
+    by_method = {m: t.set_index("extra_ratio").loc[budgets] for m, t in table.groupby("method", observed=True)}
+    for rows in by_method.values():
+        assert rows["learning"].is_monotonic_increasing and rows["learning"].iloc[-1] > rows["learning"].iloc[0] + 0.1
+    ours, lora = by_method["neutral_residues"]["forgetting"], by_method["lora"]["forgetting"]
+    assert ours.max() - ours.min() < 0.004 and lora.min() > 10 * ours.max()

@@ -45,7 +45,7 @@ def test_save_load_switch_disable_unload(family, position, site, tiny_model, tmp
 
     model = PeftModel.from_pretrained(backbone, tmp_path, adapter_name="french").eval()
     assert torch.equal(logits(model), first)
-    other_site = "attention" if site == "ffn" else "ffn"
+    other_site = "attention" if site != "attention" else "ffn"
     model.add_adapter("danish", NeutralResiduesConfig(site=other_site, position=position, extra_ratio=0.5))
     model.set_adapter("danish")
     assert torch.equal(logits(model), before)  # W_o = 0

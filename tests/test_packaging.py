@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,7 +32,11 @@ else:
 ROOT = project_directory()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.10.0", "3.11.0", "3.11.9", "3.12.0", "3.13.0")
-IMPORT_NAMES = {"pyyaml": "yaml"}  # where the package has another name than what is imported
+IMPORT_NAMES = {
+    "faiss-cpu": "faiss",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}  # where the package has another name than what is imported
 
 
 def pins(python: str) -> dict[str, str]:
@@ -107,10 +118,63 @@ def test_versions_agree() -> None:
 
 def test_continuous_integration_runs_the_tests() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
-    assert ".ci/run" in workflow
-    for action in re.findall(r"uses: (\S+)", workflow):
-        assert re.fullmatch(r"\S+@[0-9a-f]{40}", action), f"{action} is not pinned by its hash"
+    assert ".ci/run" in (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+
+
+def test_citation_and_archive_say_the_same() -> None:
+    """CITATION.cff by its own rules, and the metadata that Zenodo reads beside it."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the format requires
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    archive = json.loads((ROOT / ".zenodo.json").read_text(encoding="utf-8"))
+    assert archive["title"] == citation["title"]
+    assert archive["license"] == citation["license"].lower()
+    assert archive["upload_type"] == citation["type"]
+    assert [creator["name"] for creator in archive["creators"]] == [author["name"] for author in citation["authors"]]
+    (paper,) = citation["references"]
+    (identifier,) = (entry["value"] for entry in paper["identifiers"])
+    assert archive["related_identifiers"] == [
+        {
+            "identifier": identifier,
+            "relation": "isDerivedFrom",
+            "resource_type": "publication-article",
+            "scheme": "arxiv",
+        }
+    ]
+    assert "version" not in archive  # Zenodo takes the tag's
+
+
+@pytest.mark.slow
+def test_the_wheel_is_whole_and_works_without_the_checkout(tmp_path: Path) -> None:
+    """Built, checked as an index would, installed into an environment of its own, and used far from the checkout."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "nrlib", source / "nrlib", ignore=shutil.ignore_patterns("__pycache__"))
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd=tmp_path)
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)])
+    files = sorted(str(path) for path in (tmp_path / "dist").iterdir())
+    assert [Path(name).suffix for name in files] == [".whl", ".gz"]
+    run([sys.executable, "-m", "twine", "check", "--strict", *files])
+
+    run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")])
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(run([str(python), "-c", "import site; print(site.getsitepackages()[0])"]).stdout.strip())
+    with zipfile.ZipFile(files[0]) as wheel:
+        wheel.extractall(site)
+        packed = {name for name in wheel.namelist() if name.startswith("nrlib/")}
+    assert packed == {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "nrlib").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    # The dependencies of this environment, behind the wheel; finders of editable installations are not read there.
+    (site / "dependencies.pth").write_text("\n".join(map(sysconfig.get_path, ("purelib", "platlib"))), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import nrlib, nrlib.cli; print(nrlib.__file__); nrlib.cli.main()"
+    done = run([str(python), "-c", code, "--help"], env=environment)
+    assert str(site) in done.stdout and "evaluate" in done.stdout
 
 
 def test_no_path_or_host_of_one_machine() -> None:

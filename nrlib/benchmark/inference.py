@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import GatedAdapter
 from ..config import RunConfig
 from ..losses import active_adapters
 from ..machine import pick_device
@@ -50,6 +51,7 @@ def set_open_ratio(model: nn.Module, open_ratio: float, run: Callable[[], object
 
     gates = []
     for adapter in active_adapters(model):
+        assert isinstance(adapter, GatedAdapter), "a benchmark of gated adapters"
         adapter.output_projection.weight.normal_(0, 1e-6)  # not 0: a device may be faster with zeros
         if adapter.block_gate is not None:
             gates.append(adapter.block_gate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 _TRAINED = ("backbones", "checkpoints", "records")  # folders of the cache that hold what training made
 
 
-def choose_records(profile: str = "", limit: int = 0) -> list[Record]:
-    """Published records of a profile ('' is any), at most `limit` (0 is all), spread evenly over methods and runs."""
+def choose_records(profile: str = "", limit: int = 0, run_ids: Sequence[str] = ()) -> list[Record]:
+    """Published records of a profile ('' is any), at most `limit` (0 is all), spread evenly over methods and runs; with
+    `run_ids`, these only."""
     from ..records import published_records
 
     if profile not in ("", *PROFILES):
@@ -34,6 +36,16 @@ def choose_records(profile: str = "", limit: int = 0) -> list[Record]:
             f"There are no published records{of_profile} in {results_directory()}, so there is nothing to reproduce. "
             "Records come with the project's checkout; `nrlib run NOTEBOOK --publish` writes new ones."
         )
+    if run_ids:
+        names = {record.run_id for record in found}
+        for run_id in run_ids:
+            if run_id not in names:
+                close = difflib.get_close_matches(run_id, names, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise ConfigError(
+                    f"There is no published record {run_id!r} in {results_directory()}.{hint} `nrlib records` lists them."
+                )
+        found = [record for record in found if record.run_id in run_ids]
     found.sort(key=lambda record: (record.config["method"]["method"], record.run_id))
     n_chosen = min(limit or len(found), len(found))
     return [found[index * len(found) // n_chosen] for index in range(n_chosen)]

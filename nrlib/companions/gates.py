@@ -115,7 +115,8 @@ def gate_activity(profile: str, gate: str, local_loss: str, local_loss_weight: f
         row["units_new"] = (new_units > 4 * old_units).float().mean().item()
         row["units_old"] = (old_units > 4 * new_units).float().mean().item()
         rows.append({key: round(value, 5) for key, value in row.items()})
-        values = torch.linalg.svdvals(adapter.gate_projection.weight)[:N_SINGULAR_VALUES]
+        projection: Any = adapter.gate_projection  # of a gated adapter: this study has no persistent vectors
+        values = torch.linalg.svdvals(projection.weight)[:N_SINGULAR_VALUES]
         singular_values[str(layer)] = [round(v, 4) for v in (values / values[0]).tolist()]
     before, after = record.results["backbone_bits_per_byte"], record.results["bits_per_byte"]
     return {
