@@ -26,20 +26,20 @@ LABELS = {
     "distillation": "distillation", "unseen_original": "original domain, not in the proxy",
     "proxy": "original domain, proxy", "new": "new domain",
 }  # fmt: skip
-_PALETTE = sns.color_palette("colorblind")
+PALETTE = sns.color_palette("colorblind")
 METHOD_STYLE = {
-    "fine_tuning": (_PALETTE[3], "s"), "lora": (_PALETTE[1], "^"),
-    "vanilla_adapter": (_PALETTE[2], "D"), "neutral_residues": (_PALETTE[0], "o"),
-    "block_expansion": (_PALETTE[4], "P"), "weight_interpolation": (_PALETTE[5], "v"),
-    "orthogonal_finetuning": (_PALETTE[6], "X"), "gated_lora": (_PALETTE[7], "<"),
-    "elastic_weight_consolidation": (_PALETTE[8], ">"), "distillation": (_PALETTE[9], "*"),
+    "fine_tuning": (PALETTE[3], "s"), "lora": (PALETTE[1], "^"),
+    "vanilla_adapter": (PALETTE[2], "D"), "neutral_residues": (PALETTE[0], "o"),
+    "block_expansion": (PALETTE[4], "P"), "weight_interpolation": (PALETTE[5], "v"),
+    "orthogonal_finetuning": (PALETTE[6], "X"), "gated_lora": (PALETTE[7], "<"),
+    "elastic_weight_consolidation": (PALETTE[8], ">"), "distillation": (PALETTE[9], "*"),
 }  # fmt: skip
 SITE_LABELS = {
     "ffn": "beside the FFN", "attention": "beside attention", "persistent_memory": "persistent vectors in attention",
 }  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
-_STYLE: Any = {
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -48,7 +48,7 @@ _STYLE: Any = {
 }
 
 
-class _Picture(Figure):
+class Picture(Figure):
     """A figure that shows itself in a notebook whatever backend is set, and that pyplot does not keep alive."""
 
     def _repr_png_(self) -> bytes:
@@ -62,8 +62,8 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
 
     Better is right and down. Lines join the means of one method's learning rates, from the lowest rate to the highest.
     """
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(7.2, 4.8), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(7.2, 4.8), layout="constrained")
         axes = figure.subplots()
         for method, group in table.groupby("method", observed=True):
             color, marker = METHOD_STYLE[method]
@@ -89,8 +89,8 @@ def fronts(table: pd.DataFrame) -> Figure:
     faintly), and each method's front as a staircase: what it can reach at any of its settings."""
     settings = ["method", "learning_rate", "strength"]
     means = table.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(8.8, 6.0), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(8.8, 6.0), layout="constrained")
         axes = figure.subplots()
         for method, group in means.groupby("method", observed=True):
             color, marker = METHOD_STYLE[str(method)]
@@ -111,8 +111,8 @@ def fronts(table: pd.DataFrame) -> Figure:
 def learning_curves(curves: pd.DataFrame) -> Figure:
     """Validation bits per byte over training tokens, one panel a domain, one thin line a seed."""
     panels = {"new_validation": "new domain", "unseen_original_validation": "original domain"}
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(8.4, 3.6), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(8.4, 3.6), layout="constrained")
         axes = figure.subplots(1, 2)
         for ax, (column, title) in zip(axes, panels.items(), strict=True):
             for method, group in curves.groupby("method", observed=True):
@@ -130,14 +130,14 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
 
 def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figure:
     """Forgetting and learning against a dose (a local-loss weight, a mix ratio), one line of means for each `by`."""
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(8.8, 4.0), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(8.8, 4.0), layout="constrained")
         axes = figure.subplots(1, 2)
         doses = sorted(table[dose].unique())
         position = {value: index for index, value in enumerate(doses)}  # evenly spaced: 0 has no place on a log axis
         for ax, metric in zip(axes, ("forgetting", "learning"), strict=True):
             for index, (name, group) in enumerate(table.groupby(by, observed=True, sort=False)):
-                color, marker = METHOD_STYLE.get(str(name), (_PALETTE[index], _MARKERS[index]))
+                color, marker = METHOD_STYLE.get(str(name), (PALETTE[index], MARKERS[index]))
                 means = group.groupby(dose)[metric].mean()
                 ax.plot([position[v] for v in means.index], means, color=color, linewidth=1.5)
                 ax.scatter(
@@ -162,11 +162,11 @@ def gate_activity(gates: pd.DataFrame, value: str = "mean_residue") -> Figure:
     texts = [name for name in ("unseen_original", "proxy", "new") if name in set(gates["text"])]
     weights = sorted(gates["local_loss_weight"].unique())
     colors = sns.color_palette("viridis", len(weights))
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 3.4), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 3.4), layout="constrained")
         axes = figure.subplots(1, len(texts), sharey=True)
         for ax, text in zip(np.atleast_1d(axes), texts, strict=True):
-            for weight, color, marker in zip(weights, colors, itertools.cycle(_MARKERS), strict=False):
+            for weight, color, marker in zip(weights, colors, itertools.cycle(MARKERS), strict=False):
                 chosen = gates[(gates["text"] == text) & (gates["local_loss_weight"] == weight)]
                 means = chosen.groupby("layer")[value].mean()
                 ax.plot(means.index, means, color=color, marker=marker, label=f"{weight:g}")
@@ -198,13 +198,13 @@ def rows(table: pd.DataFrame, by: str, kind: str, order: Sequence[str]) -> Figur
     """Learning and forgetting, one row for each value of the column `by` from the bottom up, a colour and a marker for
     each value of `kind`, each seed a point, the mean a bar."""
     place = {name: index for index, name in enumerate(order)}
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 0.33 * len(order) + 1.4), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 0.33 * len(order) + 1.4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for ax, metric in zip(axes, ("learning", "forgetting"), strict=True):
             for index, (name, group) in enumerate(table.groupby(kind, sort=False)):
                 ax.scatter(
-                    group[metric], group[by].map(place), color=_PALETTE[index], marker=_MARKERS[index],
+                    group[metric], group[by].map(place), color=PALETTE[index], marker=MARKERS[index],
                     s=32, edgecolor="white", linewidth=0.5, label=str(name), zorder=3,
                 )  # fmt: skip
             means = table.groupby(by)[metric].mean()
@@ -218,15 +218,15 @@ def rows(table: pd.DataFrame, by: str, kind: str, order: Sequence[str]) -> Figur
 
 def layer_changes(changes: pd.DataFrame) -> Figure:
     """How far each layer's output has moved from the backbone's, one line a method."""
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(6.4, 3.2), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(6.4, 3.2), layout="constrained")
         ax = figure.subplots()
         for method, group in changes.groupby("method", sort=False):
             color, marker = METHOD_STYLE[str(method)]
             ax.plot(group["layer"], group["change"], color=color, marker=marker, label=LABELS[str(method)])
         ax.set_xticks(sorted(changes["layer"].unique()))
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(_PERCENT)
+        ax.yaxis.set_major_formatter(PERCENT)
         ax.set_xlabel("layer")
         ax.set_ylabel("‖h′ − h‖ / ‖h‖ on old text")
         figure.legend(loc="outside right center", frameon=False)
@@ -245,8 +245,8 @@ def gates_over_text(gates: pd.DataFrame, n_columns: int = 78) -> Figure:
         column += len(token)
     layers = sorted(gates["layer"].unique())
     largest = max(float(gates["gate"].abs().max()), 1e-9)
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 0.33 * (line + 1.6) * len(layers)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 0.33 * (line + 1.6) * len(layers)), layout="constrained")
         for ax, layer in zip(np.atleast_1d(figure.subplots(len(layers), 1)), layers, strict=True):
             values = gates[gates["layer"] == layer].sort_values("position")["gate"].abs() / largest
             for (x, y), token, value in zip(places, tokens, values, strict=True):
@@ -264,8 +264,8 @@ def gates_over_text(gates: pd.DataFrame, n_columns: int = 78) -> Figure:
 
 def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_original", "proxy", "new")) -> Figure:
     """Bits per byte of each held-out text for the backbone and each model: one row a text, one marker a model."""
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(7.2, 2.8), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(7.2, 2.8), layout="constrained")
         ax = figure.subplots()
         for offset, (name, row) in zip(np.linspace(0.2, -0.2, len(table)), table.iterrows(), strict=True):
             color, marker = METHOD_STYLE.get(str(name), ("black", "|"))
@@ -291,6 +291,6 @@ def _forgetting_axis(axes: Axes, forgetting: pd.Series[float]) -> None:
 
 def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
     if x:
-        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.xaxis.set_major_formatter(PERCENT)
     if y:
-        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)

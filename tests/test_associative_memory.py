@@ -27,9 +27,9 @@ from nrlib.companions.associative_memory_bigrams import (
     with_other_rows,
 )
 from nrlib.companions.associative_memory_birth import birth, birth_settings, by_variant, findings, first_step
-from nrlib.companions.study import published_studies
 from nrlib.errors import ConfigError
 from nrlib.storage import project_directory
+from nrlib.study import published_studies
 
 
 def seeded_generator(seed: int = 0) -> torch.Generator:

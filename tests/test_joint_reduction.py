@@ -26,10 +26,10 @@ from nrlib.companions.joint_reduction_text import (
     parallel_paragraphs,
     token_histogram,
 )
-from nrlib.companions.study import published_studies
 from nrlib.corpora.documents import Document
 from nrlib.errors import ConfigError, CorpusError
 from nrlib.storage import project_directory
+from nrlib.study import published_studies
 
 
 def draw(*shape, seed=0):

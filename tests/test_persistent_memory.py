@@ -15,13 +15,13 @@ from nrlib import NeutralResiduesConfig, NeutralResiduesLayer, tables
 from nrlib.companions import persistent_memory as companion
 from nrlib.companions import persistent_memory_extension as extension
 from nrlib.companions.persistent_memory_extension import JointSoftmax, neutrality
-from nrlib.companions.study import published_studies
 from nrlib.config import make_config
 from nrlib.errors import BackboneError, ConfigError
 from nrlib.persistent_memory import PersistentMemory
 from nrlib.records import published_records
 from nrlib.runs import check_run
 from nrlib.storage import project_directory
+from nrlib.study import published_studies
 
 TOKENS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 SEEDS = (0, 1, 2)

@@ -43,7 +43,7 @@ ORDER = [
     "runs",
     "lessons", "exercises",
     "tasks", "cluster",
-    "sweep",
+    "sweep", "study",
     "notebook_parameters", "pages", "chromium", "launch",
     "pdf",
     "notebooks",
@@ -58,7 +58,7 @@ DRAWING = {"matplotlib", "seaborn"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
-    if "companions" not in path.parts
+    if not {"companions", "studies"} & set(path.parts)
 }
 
 
@@ -101,7 +101,7 @@ def test_imports_go_one_way(name):
 def test_only_figures_draws_and_nothing_imports_a_notebook_or_a_test(name):
     roots = {target.split(".")[0] for target in imported(name, MODULES[name])}
     assert not roots & {"tests", "conftest", "pytest", "IPython"}
-    assert not any(target.startswith("nrlib.companions") for target in imported(name, MODULES[name]))
+    assert not any(target.startswith(("nrlib.companions", "nrlib.studies")) for target in imported(name, MODULES[name]))
     if name != "figures":
         assert not roots & DRAWING
     if name != "__init__":

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from nrlib.companions.study import run_study
 from nrlib.errors import ConfigError, RecordError
+from nrlib.study import run_study
 from nrlib.sweep import SweepError
 
 
@@ -52,7 +52,7 @@ def test_what_the_study_does_not_take_is_refused(folder):
 
 def test_a_damaged_file_is_named(folder):
     run_study(count, [{"seed": 0, "folder": str(folder)}], progress=False)
-    (path,) = (folder / "cache" / "companions").glob("count-s0-*.json")
+    (path,) = (folder / "cache" / "studies").glob("count-s0-*.json")
     assert json.loads(path.read_text())["provenance"]["seconds"] >= 0
     path.write_text("{}")
     with pytest.raises(RecordError, match="is not the result of a study"):

@@ -15,7 +15,6 @@ from conftest import build_tiny_model
 
 from nrlib.batches import TokenStream
 from nrlib.companions import vocabulary_alignment, vocabulary_libraries, vocabulary_words
-from nrlib.companions.study import published_studies
 from nrlib.companions.vocabulary_alignment import (
     MAPS,
     RULES,
@@ -71,6 +70,7 @@ from nrlib.corpora.documents import Document
 from nrlib.errors import BackboneError, ConfigError, CorpusError
 from nrlib.evaluation import bits_per_byte
 from nrlib.storage import project_directory
+from nrlib.study import published_studies
 from nrlib.tokenization import train_tokenizer
 
 SEEDS = (0, 1, 2)

@@ -1,5 +1,5 @@
 """Figures of the chapter on associative memory; colours and style are those of `nrlib.figures`. All take what
-`nrlib.companions.study.run_study` returns."""
+`nrlib.study.run_study` returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures import _MARKERS, _PALETTE, _STYLE, LABELS, METHOD_STYLE, _Picture
+from ..figures import LABELS, MARKERS, METHOD_STYLE, PALETTE, STYLE, Picture
 
 Rows = Sequence[Mapping[str, Any]]
 MATRICES = {
@@ -29,8 +29,8 @@ _TEXTS = {"old": "old language", "new": "new language"}
 def growth(in_context: Rows, all_tokens: Rows) -> Figure:
     """Left: strength of three memories over the steps of runs on in-context tokens. Right: of runs on all tokens, how much
     of the bigram table's and of the in-context task's distance is covered. One line a seed."""
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 3.6), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for index, name in enumerate(("output", "key_2", "key_1")):
             for n, row in enumerate(in_context):
@@ -53,15 +53,15 @@ def growth(in_context: Rows, all_tokens: Rows) -> Figure:
 
 def _line(axes: Axes, x: Sequence[float], y: Any, index: int, label: str | None) -> None:
     axes.plot(
-        x, y, color=_PALETTE[index], marker=_MARKERS[index], markersize=4, markevery=max(1, len(x) // 8), linewidth=1.2,
+        x, y, color=PALETTE[index], marker=MARKERS[index], markersize=4, markevery=max(1, len(x) // 8), linewidth=1.2,
         alpha=0.8, label=label,
     )  # fmt: skip
 
 
 def attention_maps(row: Mapping[str, Any]) -> Figure:
     """Both layers' attention on the first tokens of one sequence; triggers are marked on the axes by a star."""
-    with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = _Picture(figsize=(9, 4.5), layout="constrained")
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Picture(figsize=(9, 4.5), layout="constrained")
         panels = figure.subplots(1, len(row["attentions"]))
         names = [f"{token}*" if token in row["triggers"] else str(token) for token in row["tokens"]]
         for layer, (axes, attention) in enumerate(zip(np.atleast_1d(panels), row["attentions"], strict=True), 1):
@@ -84,8 +84,8 @@ _READINGS = {  # of each memory: what to read, its label, whether up is better
 
 def memories(rows: Rows) -> Figure:
     """What each memory does on the old language (top) and on the new one (bottom): each seed a point, its mean a bar."""
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(10, 5.2), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(10, 5.2), layout="constrained")
         panels = figure.subplots(2, len(_READINGS), sharex=True, sharey="col")
         for column, (part, (reading, label)) in enumerate(_READINGS.items()):
             for line, (text, title) in enumerate(_TEXTS.items()):
@@ -130,8 +130,8 @@ def put_back(rows: Rows) -> Figure:
     seed a point, as a difference from the extended model's loss."""
     lines = [(m, part) for m in _METHODS for row in rows if row["method"] == m for part in row["restored"]]
     lines = list(dict.fromkeys(lines))
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 0.34 * len(lines) + 1.3), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 0.34 * len(lines) + 1.3), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (text, title) in zip(panels, _TEXTS.items(), strict=True):
             for place, (method, part) in enumerate(lines):
@@ -155,8 +155,8 @@ def reuse(rows: Rows) -> Figure:
         "new_trigger_old_output": "new trigger,\nold output", "new_trigger_new_output": "new trigger,\nnew output",
         "without_key_1": "without\n$W_K^1$", "without_key_2": "without\n$W_K^2$", "without_output": "without\n$W_O^2$",
     }  # fmt: skip
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9.5, 3.8), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9.5, 3.8), layout="constrained")
         axes = figure.subplots()
         for offset, method in zip((-0.3, -0.1, 0.1, 0.3), _METHODS, strict=True):
             color, marker = METHOD_STYLE.get(method, ("black", "_"))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..figures import _MARKERS, _PALETTE, _STYLE, LABELS, METHOD_STYLE, _Picture
+from ..figures import LABELS, MARKERS, METHOD_STYLE, PALETTE, STYLE, Picture
 
 _SOURCES = {"synthetic": "artificial images", "photographs": "pieces of photographs", "digits": "handwritten digits"}
 
@@ -20,15 +20,15 @@ def precision_by_dimensions(rows: pd.DataFrame, reductions: tuple[str, ...] = ("
     there was before the reduction as a short line at the right edge. Whitened vectors solid, PCA alone dashed."""
     sources = [source for source in _SOURCES if source in set(rows["source"])]
     names = list(rows["vocabularies"].drop_duplicates())
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(3.6 * len(sources) + 1.2, 4.2), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(3.6 * len(sources) + 1.2, 4.2), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(sources), sharey=True))
         for ax, source in zip(axes, sources, strict=True):
             chosen = rows[rows["source"] == source]
             dimensions = sorted(chosen.loc[chosen["reduction"] != "none", "n_dimensions"].unique())
             place = {n: index for index, n in enumerate(dimensions)}
             for name, group in chosen.groupby("vocabularies", sort=False):
-                color, marker = _PALETTE[names.index(name)], _MARKERS[names.index(name)]
+                color, marker = PALETTE[names.index(name)], MARKERS[names.index(name)]
                 for reduction, line in zip(reductions, ("-", ":"), strict=False):
                     runs = group[group["reduction"] == reduction]
                     means = runs.groupby("n_dimensions")["mean_average_precision"].mean()
@@ -63,8 +63,8 @@ def searches_by_model(rows: pd.DataFrame) -> Figure:
         "original": "second half, original",
     }
     methods = [method for method in ("neutral_residues", "fine_tuning") if method in set(rows["method"])]
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9.2, 3.8), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9.2, 3.8), layout="constrained")
         for ax, (search, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             chosen = rows[rows["search"] == search]
             backbone = chosen.loc[chosen["method"] == "backbone", "mean_average_precision"].mean()

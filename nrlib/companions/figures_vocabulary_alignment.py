@@ -8,7 +8,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..figures import _MARKERS, _PALETTE, _STYLE, _percent, _Picture
+from ..figures import MARKERS, PALETTE, STYLE, Picture, _percent
 from .vocabulary_alignment import MAPS, RULES
 from .vocabulary_extension import ROWS
 
@@ -24,19 +24,19 @@ LABELS = {
 def precision(table: pd.DataFrame) -> Figure:
     """Precision at 1 of every map, one panel a pair of languages; each seed a point, the bar their mean."""
     pairs = list(table["pair"].unique())
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(2.2 + 2.4 * len(pairs), 3.1), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(2.2 + 2.4 * len(pairs), 3.1), layout="constrained")
         axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
         for ax, pair in zip(axes, pairs, strict=True):
             for index, rule in enumerate(RULES):
                 chosen = table[(table["pair"] == pair) & (table["rule"] == rule)]
                 place = chosen["map"].map({name: i for i, name in enumerate(MAPS)}) + (0.16 - 0.32 * index)
                 ax.scatter(
-                    chosen["precision"], place, color=_PALETTE[index], marker=_MARKERS[index], s=34,
+                    chosen["precision"], place, color=PALETTE[index], marker=MARKERS[index], s=34,
                     edgecolor="white", linewidth=0.5, label=LABELS[rule], zorder=3,
                 )  # fmt: skip
                 means = chosen["precision"].groupby(place).mean()
-                ax.scatter(means, means.index, marker="|", s=150, color=_PALETTE[index], zorder=2)
+                ax.scatter(means, means.index, marker="|", s=150, color=PALETTE[index], zorder=2)
             ax.set_xlabel("right first translation")
             ax.annotate(LABELS.get(pair, f"English to {pair}"), (0.02, 1.02), xycoords="axes fraction", fontsize=10)
             ax.margins(x=0.15, y=0.1)
@@ -56,12 +56,12 @@ def beginnings(table: pd.DataFrame) -> Figure:
     }
     shown = [name for name in ROWS if name in set(table["initialisation"])]
     place = table["initialisation"].astype(str).map({name: i for i, name in enumerate(shown)})
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9.6, 3.2), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9.6, 3.2), layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
         for ax, (column, label) in zip(axes, panels.items(), strict=True):
             values = table[column].replace(math.inf, math.nan)
-            ax.scatter(values, place, color=_PALETTE[0], s=34, edgecolor="white", linewidth=0.5, zorder=3)
+            ax.scatter(values, place, color=PALETTE[0], s=34, edgecolor="white", linewidth=0.5, zorder=3)
             means = values.groupby(place).mean()
             ax.scatter(means, means.index, marker="|", s=170, color="black", zorder=2)
             ax.set_xlabel(f"{label}\n(left is better)")
@@ -75,14 +75,14 @@ def theft(table: pd.DataFrame) -> Figure:
     backbone's own alone. Each seed a point."""
     shown = [name for name in ROWS if name in set(table["initialisation"])]
     place = table["initialisation"].astype(str).map({name: i for i, name in enumerate(shown)})
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(8.4, 3.4), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(8.4, 3.4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for ax, (when, words) in zip(axes, (("start", "before training"), ("end", "after training")), strict=True):
             for index, (suffix, label) in enumerate((("", "all tokens"), ("_own_tokens", "the backbone's own tokens"))):
                 ax.scatter(
-                    table[f"{when}_forgetting{suffix}"], place + (0.15 - 0.3 * index), color=_PALETTE[3 - 3 * index],
-                    marker=_MARKERS[index], s=34, edgecolor="white", linewidth=0.5, label=label, zorder=3,
+                    table[f"{when}_forgetting{suffix}"], place + (0.15 - 0.3 * index), color=PALETTE[3 - 3 * index],
+                    marker=MARKERS[index], s=34, edgecolor="white", linewidth=0.5, label=label, zorder=3,
                 )  # fmt: skip
             ax.axvline(0, color="black", linewidth=0.8)
             ax.set_xlabel(f"forgetting {words} (left is better)")

@@ -1,7 +1,8 @@
 """Studies: functions of a few settings whose results are kept like runs, so that a page is built without computing anew.
 
-A study is a function of a module in this folder. It takes keyword arguments that JSON knows, `seed` among them, and
-returns a dictionary of numbers, texts and lists. Its results are published with `nrlib run NOTEBOOK --publish`.
+A study is a function of a module of `nrlib.studies` or `nrlib.companions`. It takes keyword arguments that JSON knows,
+`seed` among them, and returns a dictionary of numbers, texts and lists. Its results are published with
+`nrlib run NOTEBOOK --publish`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import ConfigError, RecordError
-from ..machine import describe_device, package_versions
-from ..records import check_clean_tree, git_state, is_publishing, write_counts
-from ..storage import atomic_path, cache_directory, fingerprint, results_directory
-from ..sweep import SweepError, worker_pool
+from .errors import ConfigError, RecordError
+from .machine import describe_device, package_versions
+from .records import check_clean_tree, git_state, is_publishing, write_counts
+from .storage import atomic_path, cache_directory, fingerprint, results_directory
+from .sweep import SweepError, worker_pool
 
 Study = Callable[..., dict[str, Any]]
 
@@ -70,7 +71,7 @@ def run_study(
 
 def published_studies(study: Study) -> list[dict[str, Any]]:
     """All published results of a study, as `run_study` returns them."""
-    files = sorted((results_directory() / "companions").glob(f"{study.__name__}-s*.json"))
+    files = sorted((results_directory() / "studies").glob(f"{study.__name__}-s*.json"))
     return [_flat(_read(path)) for path in files]
 
 
@@ -90,8 +91,8 @@ def _file_name(study: Study, arguments: Mapping[str, Any]) -> str:
 
 
 def _folders() -> list[Path]:
-    published = results_directory() / "companions"
-    return [published] if is_publishing() else [published, cache_directory() / "companions"]
+    published = results_directory() / "studies"
+    return [published] if is_publishing() else [published, cache_directory() / "studies"]
 
 
 def _load(name: str) -> dict[str, Any] | None:

@@ -11,19 +11,19 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..figures import _MARKERS, _PALETTE, _STYLE, _Picture
+from ..figures import MARKERS, PALETTE, STYLE, Picture
 
 
 def detector_by_layer(table: pd.DataFrame) -> Figure:
     """The area under the curve of |gate| by layer, one line of means for each gate, each seed a point."""
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(6.6, 3.4), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(6.6, 3.4), layout="constrained")
         ax = figure.subplots()
         for index, (gate, group) in enumerate(table.groupby("gate", sort=False)):
             means = group.groupby("layer")["auc"].mean()
-            ax.plot(means.index, means, color=_PALETTE[index])
+            ax.plot(means.index, means, color=PALETTE[index])
             ax.scatter(
-                group["layer"], group["auc"], color=_PALETTE[index], marker=_MARKERS[index], s=32, edgecolor="white",
+                group["layer"], group["auc"], color=PALETTE[index], marker=MARKERS[index], s=32, edgecolor="white",
                 linewidth=0.5, label=str(gate), zorder=3,
             )  # fmt: skip
         ax.axhline(0.5, color="black", linewidth=0.8)
@@ -36,13 +36,13 @@ def detector_by_layer(table: pd.DataFrame) -> Figure:
 def singular_values(studies: Sequence[dict[str, Any]]) -> Figure:
     """Singular values of W_g over the largest: one panel a gate, one line a layer, the mean over seeds."""
     gates = list(dict.fromkeys(study["gate"] for study in studies))
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9, 3.2), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 3.2), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(gates), sharey=True))
         for ax, gate in zip(axes, gates, strict=True):
             layers = sorted(studies[0]["singular_values"], key=int)
             for layer, color, marker in zip(
-                layers, sns.color_palette("viridis", len(layers)), _MARKERS * 9, strict=False
+                layers, sns.color_palette("viridis", len(layers)), MARKERS * 9, strict=False
             ):
                 values = np.mean([s["singular_values"][layer] for s in studies if s["gate"] == gate], axis=0)
                 ax.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=3, label=layer)
@@ -62,14 +62,14 @@ def ends(stages: pd.DataFrame, languages: Sequence[str]) -> Figure:
     last["row"] = last["method"] + ", " + last["way"]
     place = {name: -index for index, name in enumerate(dict.fromkeys(last["row"]))}
     before = stages[stages["after"] == "backbone"].iloc[0]
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9.4, 0.4 * len(place) + 1.0), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9.4, 0.4 * len(place) + 1.0), layout="constrained")
         for index, (ax, text) in enumerate(
             zip(figure.subplots(1, 1 + len(languages), sharey=True), ["original", *languages], strict=True)
         ):
             for kind, (_, group) in enumerate(last.groupby("method", sort=False)):
                 ax.scatter(
-                    group[text], group["row"].map(place), color=_PALETTE[kind], marker=_MARKERS[kind], s=36,
+                    group[text], group["row"].map(place), color=PALETTE[kind], marker=MARKERS[kind], s=36,
                     edgecolor="white", linewidth=0.5, zorder=3,
                 )  # fmt: skip
             if index == 0:

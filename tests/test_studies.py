@@ -9,9 +9,9 @@ from sklearn.metrics import roc_auc_score
 
 import nrlib
 from nrlib.batches import TokenStream
-from nrlib.companions.gates import area_under_curve, gate_activity, read_gates
-from nrlib.companions.several_languages import WAYS, several_languages
 from nrlib.errors import ConfigError
+from nrlib.studies.gates import area_under_curve, gate_activity, read_gates
+from nrlib.studies.several_languages import WAYS, several_languages
 
 LANGUAGES = ["synthetic:borealic", "synthetic:cinnabar"]
 
