@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, FuncFormatter, NullLocator
 
-from ..figures import _MARKERS, _PALETTE, _PERCENT, _STYLE, _Picture
+from ..figures import MARKERS, PALETTE, PERCENT, STYLE, Picture
 
 FORM_LABELS = {"float32": "float\n32", "float16": "16", "int8": "int\n8", "int4": "4", "int3": "3", "pq": "PQ"}
 
@@ -25,8 +25,8 @@ def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], l
     panels : title of a panel → column → label.
     largest : what lies beyond is drawn at the edge, as an arrow head.
     """
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(9.2, 3.9), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9.2, 3.9), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(panels)))
         for ax, (title, columns) in zip(axes, panels.items(), strict=True):
             shown = table.dropna(subset=list(columns))
@@ -38,8 +38,8 @@ def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], l
                 values = shown[column].clip(upper=largest)
                 rows = shown["training"].map(place) + (0.12 if len(columns) > 1 else 0) * (1 - 2 * index)
                 is_beyond = shown[column] > largest
-                style: dict[str, Any] = {"color": _PALETTE[index], "s": 50, "edgecolor": "white", "zorder": 3}
-                ax.scatter(values[~is_beyond], rows[~is_beyond], marker=_MARKERS[index], label=label, **style)
+                style: dict[str, Any] = {"color": PALETTE[index], "s": 50, "edgecolor": "white", "zorder": 3}
+                ax.scatter(values[~is_beyond], rows[~is_beyond], marker=MARKERS[index], label=label, **style)
                 ax.scatter(values[is_beyond], rows[is_beyond], marker=">", **{**style, "s": 90}, clip_on=False)
                 for row in sorted(set(rows[is_beyond])):
                     ax.annotate(
@@ -80,17 +80,17 @@ def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) 
         "residue_original": "mean ‖residue‖₁ / D, original domain",
     }
     forms = table[table["form"] != "ipq"].groupby("form")["kB"].mean().sort_values()
-    with mpl.rc_context(_STYLE):
-        figure = _Picture(figsize=(10.2, 4.0), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(10.2, 4.0), layout="constrained")
         axes = figure.subplots(1, len(panels))
         for ax, (column, title) in zip(axes, panels.items(), strict=True):
             for index, noise in enumerate(order):
                 runs = table[table["noise"] == noise]
                 line = runs[runs["form"] != "ipq"]
-                style: dict[str, Any] = {"color": _PALETTE[index], "marker": _MARKERS[index], "zorder": 3}
+                style: dict[str, Any] = {"color": PALETTE[index], "marker": MARKERS[index], "zorder": 3}
                 spread = 1.04 ** (index - (len(order) - 1) / 2)  # side by side, where they would lie on each other
                 means = line.groupby("form")[["kB", column]].mean().sort_values("kB")
-                ax.plot(means["kB"] * spread, means[column], color=_PALETTE[index], linewidth=1.3)
+                ax.plot(means["kB"] * spread, means[column], color=PALETTE[index], linewidth=1.3)
                 ax.scatter(
                     line["kB"] * spread,
                     line[column],
@@ -102,8 +102,8 @@ def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) 
                 )
                 finetuned = runs[runs["form"] == "ipq"]
                 ax.scatter(
-                    finetuned["kB"] * spread / 1.25, finetuned[column], s=34, facecolor="white", edgecolor=_PALETTE[index],
-                    marker=_MARKERS[index], label=f"{labels[noise]}, then iPQ", zorder=3,
+                    finetuned["kB"] * spread / 1.25, finetuned[column], s=34, facecolor="white", edgecolor=PALETTE[index],
+                    marker=MARKERS[index], label=f"{labels[noise]}, then iPQ", zorder=3,
                 )  # fmt: skip
             ax.set_xscale("log")
             ax.invert_xaxis()
@@ -115,7 +115,7 @@ def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) 
                 ax.set_ylim(bottom=0)
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             else:
-                ax.yaxis.set_major_formatter(_PERCENT)
+                ax.yaxis.set_major_formatter(PERCENT)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(order), frameon=False)
     return figure
