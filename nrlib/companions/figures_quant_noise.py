@@ -1,0 +1,121 @@
+"""The figures of the chapter on Quant-Noise, in the style of `nrlib.figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, FuncFormatter, NullLocator
+
+from ..figures import MARKERS, PALETTE, PERCENT, STYLE, Picture
+
+FORM_LABELS = {"float32": "float\n32", "float16": "16", "int8": "int\n8", "int4": "4", "int3": "3", "pq": "PQ"}
+
+
+def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], largest: float = 100.0) -> Figure:
+    """Perplexity after compression, one row a way of training, one panel a compression, each seed a point.
+
+    Parameters
+    ----------
+    table : columns `training` (in the order to draw them), `seed`, `float`, and one for each compression.
+    panels : title of a panel → column → label.
+    largest : what lies beyond is drawn at the edge, as an arrow head.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9.2, 3.9), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        for ax, (title, columns) in zip(axes, panels.items(), strict=True):
+            shown = table.dropna(subset=list(columns))
+            names = list(dict.fromkeys(shown["training"]))
+            place = {name: len(names) - 1 - index for index, name in enumerate(names)}
+            plain = shown.loc[shown["training"] == names[0], "float"].mean()
+            ax.axvline(plain, color="black", linewidth=1, linestyle=":", label="float, trained without noise")
+            for index, (column, label) in enumerate(columns.items()):
+                values = shown[column].clip(upper=largest)
+                rows = shown["training"].map(place) + (0.12 if len(columns) > 1 else 0) * (1 - 2 * index)
+                is_beyond = shown[column] > largest
+                style: dict[str, Any] = {"color": PALETTE[index], "s": 50, "edgecolor": "white", "zorder": 3}
+                ax.scatter(values[~is_beyond], rows[~is_beyond], marker=MARKERS[index], label=label, **style)
+                ax.scatter(values[is_beyond], rows[is_beyond], marker=">", **{**style, "s": 90}, clip_on=False)
+                for row in sorted(set(rows[is_beyond])):
+                    ax.annotate(
+                        "beyond the axis",
+                        (largest, row),
+                        (-8, 0),
+                        textcoords="offset points",
+                        ha="right",
+                        va="center",
+                        fontsize=9,
+                    )
+            ax.set_xscale("log")
+            has_beyond = bool((shown[list(columns)] > largest).any(axis=None))
+            top = largest if has_beyond else 1.15 * float(shown[list(columns)].max(axis=None))
+            ax.set_xlim(0.95 * min(plain, float(shown[list(columns)].min(axis=None))), top)
+            ticks = [2, 2.5, 3, 3.5, 4, 5] if top < 6 else [2, 3, 5, 10, 30, 100]
+            ax.xaxis.set_major_locator(FixedLocator([t for t in ticks if t <= top]))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            ax.set_yticks(range(len(names)), list(reversed(names)))
+            ax.set_ylim(-0.6, len(names) - 0.4)
+            ax.set_xlabel(f"perplexity, {title} (left is better)")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=9)
+    return figure
+
+
+def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) -> Figure:
+    """Learning, forgetting and mean residue on the original domain over the size of the file, one line a way of training.
+
+    Parameters
+    ----------
+    table : of `quant_noise_extension.extension_table`.
+    order : ways of training, as `labels` names them.
+    """
+    panels = {
+        "learning": "learning (up is better)",
+        "forgetting": "forgetting (down is better)",
+        "residue_original": "mean ‖residue‖₁ / D, original domain",
+    }
+    forms = table[table["form"] != "ipq"].groupby("form")["kB"].mean().sort_values()
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(10.2, 4.0), layout="constrained")
+        axes = figure.subplots(1, len(panels))
+        for ax, (column, title) in zip(axes, panels.items(), strict=True):
+            for index, noise in enumerate(order):
+                runs = table[table["noise"] == noise]
+                line = runs[runs["form"] != "ipq"]
+                style: dict[str, Any] = {"color": PALETTE[index], "marker": MARKERS[index], "zorder": 3}
+                spread = 1.04 ** (index - (len(order) - 1) / 2)  # side by side, where they would lie on each other
+                means = line.groupby("form")[["kB", column]].mean().sort_values("kB")
+                ax.plot(means["kB"] * spread, means[column], color=PALETTE[index], linewidth=1.3)
+                ax.scatter(
+                    line["kB"] * spread,
+                    line[column],
+                    s=26,
+                    edgecolor="white",
+                    linewidth=0.5,
+                    label=labels[noise],
+                    **style,
+                )
+                finetuned = runs[runs["form"] == "ipq"]
+                ax.scatter(
+                    finetuned["kB"] * spread / 1.25, finetuned[column], s=34, facecolor="white", edgecolor=PALETTE[index],
+                    marker=MARKERS[index], label=f"{labels[noise]}, then iPQ", zorder=3,
+                )  # fmt: skip
+            ax.set_xscale("log")
+            ax.invert_xaxis()
+            ax.set_xticks(list(forms), [FORM_LABELS[str(form)] for form in forms.index])
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_xlabel("form, by size of the file (smaller to the right)")
+            ax.set_ylabel(title)
+            if column == "residue_original":
+                ax.set_ylim(bottom=0)
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            else:
+                ax.yaxis.set_major_formatter(PERCENT)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(order), frameon=False)
+    return figure
