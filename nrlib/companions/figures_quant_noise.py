@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FormatStrFormatter, FuncFormatter, N
 
 from ..figures import MARKERS, PALETTE, PERCENT, STYLE, Picture
 
-FORM_LABELS = {"float32": "float\n32", "float16": "16", "int8": "int\n8", "int4": "4", "int3": "3", "pq": "PQ"}
+FORM_LABELS = {"int8": "8 bits", "int4": "4 bits", "int3": "3 bits", "pq": "codebook", "ipq": "after iPQ"}
 
 
 def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], largest: float = 100.0) -> Figure:
@@ -27,7 +27,7 @@ def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], l
     """
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(9.2, 3.9), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
         for ax, (title, columns) in zip(axes, panels.items(), strict=True):
             shown = table.dropna(subset=list(columns))
             names = list(dict.fromkeys(shown["training"]))
@@ -61,13 +61,14 @@ def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], l
             ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             ax.set_yticks(range(len(names)), list(reversed(names)))
             ax.set_ylim(-0.6, len(names) - 0.4)
-            ax.set_xlabel(f"perplexity, {title} (left is better)")
+            ax.set_xlabel(f"perplexity, {title}\n(left is better)")
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=9)
     return figure
 
 
 def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) -> Figure:
-    """Learning, forgetting and mean residue on the original domain over the size of the file, one line a way of training.
+    """Learning, forgetting and mean residue on the original domain by the form an extension is shipped in, largest file
+    first; each seed a point, the mean over the seeds a line.
 
     Parameters
     ----------
@@ -75,47 +76,32 @@ def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) 
     order : ways of training, as `labels` names them.
     """
     panels = {
-        "learning": "learning (up is better)",
-        "forgetting": "forgetting (down is better)",
-        "residue_original": "mean ‖residue‖₁ / D, original domain",
+        "learning": "learning\n(up is better)",
+        "forgetting": "forgetting\n(down is better)",
+        "residue_original": "mean ‖residue‖₁ / D,\noriginal domain",
     }
-    forms = table[table["form"] != "ipq"].groupby("form")["kB"].mean().sort_values()
+    forms = table.groupby("form", sort=False)["kB"].mean()
+    place = {form: index for index, form in enumerate(forms.index)}
     with mpl.rc_context(STYLE):
-        figure = Picture(figsize=(10.2, 4.0), layout="constrained")
-        axes = figure.subplots(1, len(panels))
+        figure = Picture(figsize=(7.6, 7.2), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True)
         for ax, (column, title) in zip(axes, panels.items(), strict=True):
             for index, noise in enumerate(order):
                 runs = table[table["noise"] == noise]
-                line = runs[runs["form"] != "ipq"]
-                style: dict[str, Any] = {"color": PALETTE[index], "marker": MARKERS[index], "zorder": 3}
-                spread = 1.04 ** (index - (len(order) - 1) / 2)  # side by side, where they would lie on each other
-                means = line.groupby("form")[["kB", column]].mean().sort_values("kB")
-                ax.plot(means["kB"] * spread, means[column], color=PALETTE[index], linewidth=1.3)
+                dodge = 0.16 * (index - (len(order) - 1) / 2)
+                means = runs.groupby("form", sort=False)[column].mean()
+                x = [place[form] + dodge for form in means.index]
+                ax.hlines(means, [at - 0.07 for at in x], [at + 0.07 for at in x], color=PALETTE[index], linewidth=2)
                 ax.scatter(
-                    line["kB"] * spread,
-                    line[column],
-                    s=26,
-                    edgecolor="white",
-                    linewidth=0.5,
-                    label=labels[noise],
-                    **style,
-                )
-                finetuned = runs[runs["form"] == "ipq"]
-                ax.scatter(
-                    finetuned["kB"] * spread / 1.25, finetuned[column], s=34, facecolor="white", edgecolor=PALETTE[index],
-                    marker=MARKERS[index], label=f"{labels[noise]}, then iPQ", zorder=3,
+                    runs["form"].map(place) + dodge, runs[column], s=30, color=PALETTE[index], marker=MARKERS[index],
+                    edgecolor="white", linewidth=0.5, label=labels[noise], zorder=3,
                 )  # fmt: skip
-            ax.set_xscale("log")
-            ax.invert_xaxis()
-            ax.set_xticks(list(forms), [FORM_LABELS[str(form)] for form in forms.index])
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_xlabel("form, by size of the file (smaller to the right)")
             ax.set_ylabel(title)
-            if column == "residue_original":
-                ax.set_ylim(bottom=0)
-                ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            else:
-                ax.yaxis.set_major_formatter(PERCENT)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(order), frameon=False)
+            ax.set_ylim(bottom=0)
+            is_share = column != "residue_original"
+            ax.yaxis.set_major_formatter(PERCENT if is_share else FuncFormatter(lambda value, _: f"{value:.3g}"))
+        names = [f"{FORM_LABELS.get(form, form)}\n{size:,.0f} kB" for form, size in forms.items()]
+        axes[-1].set_xticks(range(len(forms)), names)
+        axes[-1].set_xlabel("what is shipped, and the size of its file")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(order), frameon=False)
     return figure
