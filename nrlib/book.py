@@ -169,9 +169,6 @@ def stage_book(source: Path, executed: Mapping[str, Path], stage: Path, *, with_
             shutil.copytree(source / name, stage / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif (source / name).exists():
             shutil.copy(source / name, stage)
-    if (source / "nrlib" / "adapter.py").exists():  # a chapter shows parts of it by reference
-        (stage / "nrlib").mkdir()
-        shutil.copy(source / "nrlib" / "adapter.py", stage / "nrlib")
     _configure(stage / "_config.yml", url, with_pdf)
     (stage / "notebooks").mkdir()
     for name, path in executed.items():
