@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .gate_memory import BlockGate
+
 Function = Callable[[Tensor], Tensor]
 GATE_FUNCTIONS: dict[str, Function] = {"sigmoid": torch.sigmoid, "relu": F.relu, "elu": F.elu}
 ACTIVATION_FUNCTIONS: dict[str, Function] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "identity": nn.Identity()}
@@ -26,12 +28,12 @@ ACTIVATION_FUNCTIONS: dict[str, Function] = {"silu": F.silu, "gelu": F.gelu, "re
 class GatedResidue(nn.Module):
     """What is added beside a block of the backbone: something scaled by one gate per token, or by none."""
 
-    block_gate: nn.Linear | None
+    block_gate: BlockGate | None
     gate: str
 
-    def add_gate(self, d_model: int, gate: str) -> None:
+    def add_gate(self, d_model: int, gate: str, gate_memory: int) -> None:
         """The block gate, none for gate = 'none'."""
-        self.block_gate = nn.Linear(d_model, 1) if gate != "none" else None  # w (1, D), b (1,)
+        self.block_gate = BlockGate(d_model, gate_memory) if gate != "none" else None  # w (1, D), b (1,)
         self.gate = gate
 
     def gate_values(self, x: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ class GatedAdapter(GatedResidue):
     gate : 'elu', 'relu' (the paper's choice), 'sigmoid', or 'none' for a vanilla adapter.
     initialisation : 'low_variance' (1/(D·L)) or 'he' (2/D), the variance of W_i, W_g and w.
     activation : 'silu' (the paper's choice), 'gelu', 'relu' or 'identity', inside the gated linear unit.
+    gate_memory : tokens whose w · x the gate averages, the present one the last of them; 1 in the paper.
     """
 
     def __init__(
@@ -70,12 +73,13 @@ class GatedAdapter(GatedResidue):
         gate: str = "elu",
         initialisation: str = "low_variance",
         activation: str = "silu",
+        gate_memory: int = 1,
     ) -> None:
         super().__init__()
         self.input_projection = nn.Linear(d_model, width, bias=False)  # W_i (H, D)
         self.gate_projection = nn.Linear(d_model, width, bias=False)  # W_g (H, D)
         self.output_projection = nn.Linear(width, d_model, bias=False)  # W_o (D, H)
-        self.add_gate(d_model, gate)
+        self.add_gate(d_model, gate, gate_memory)
         self.activation = activation
         self.initialise(initial_variance(d_model, n_layers, initialisation))
 

@@ -119,6 +119,10 @@ class MethodConfig:
     activation: str = parameter(
         "silu", "activation inside the adapter's gated linear unit", choices=ACTIVATIONS, is_later=True
     )
+    gate_memory: int = parameter(
+        1, "tokens the block gate weighs together, the present one the last; 1 is the paper's gate", minimum=1,
+        is_later=True,
+    )  # fmt: skip
     kl_weight: float = parameter(
         0.0, "weight of the KL divergence from the backbone on original-domain tokens (distillation)",
         minimum=0.0, is_later=True,
@@ -186,6 +190,7 @@ class RunConfig:
             )
         check_layers(self.method.layers)
         check_placement(self.method.position, self.method.site, self.method.activation)
+        check_gate_memory(self.method.gate, self.method.gate_memory)
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical form: what a record stores and what the run's name is made of."""
@@ -307,6 +312,15 @@ def check_placement(position: str, site: str, activation: str) -> None:
         raise ConfigError(
             f"position = {position!r} has no meaning for site = {site!r}: persistent vectors are read by the attention block's "
             "own queries, which are made of its input. Leave position out, or choose site = 'attention' or 'ffn'."
+        )
+
+
+def check_gate_memory(gate: str, gate_memory: int) -> None:
+    """Raise ConfigError for a memory without a gate."""
+    if gate == "none" and gate_memory > 1:
+        raise ConfigError(
+            f"gate_memory = {gate_memory} says how many tokens the block gate weighs together, but gate = 'none'. Choose a "
+            "gate, or leave gate_memory out."
         )
 
 

@@ -49,7 +49,10 @@ STYLE: Any = {
 
 
 class Picture(Figure):
-    """A figure that shows itself in a notebook whatever backend is set, and that pyplot does not keep alive."""
+    """A figure that shows itself in a notebook whatever backend is set, and that pyplot does not keep alive.
+
+    :meta private:
+    """
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

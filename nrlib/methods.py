@@ -94,6 +94,7 @@ def neutral_residues(backbone: PreTrainedModel, config: MethodConfig) -> nn.Modu
             local_loss_weight=config.local_loss_weight,
             initialisation=config.initialisation,
             activation=config.activation,
+            gate_memory=config.gate_memory,
             position=config.position,
             site=config.site,
             layers=config.layers,

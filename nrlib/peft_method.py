@@ -28,8 +28,9 @@ from .architecture import (
     select_layers,
     width_for_budget,
 )
-from .config import MethodConfig, check_layers, check_placement, check_value
+from .config import MethodConfig, check_gate_memory, check_layers, check_placement, check_value
 from .errors import ConfigError
+from .gate_memory import BlockGate, Sequences, decoder_of
 from .model_card import write_model_card
 from .persistent_memory import PersistentMemory
 from .sparse_inference import add_residue
@@ -65,6 +66,7 @@ class NeutralResiduesConfig(PeftConfig):
     local_loss_weight: float = _DEFAULTS["local_loss_weight"]
     initialisation: str = _DEFAULTS["initialisation"]
     activation: str = _DEFAULTS["activation"]
+    gate_memory: int = _DEFAULTS["gate_memory"]
     position: str = _DEFAULTS["position"]
     site: str = _DEFAULTS["site"]
     layers: str | list[int] = _DEFAULTS["layers"]
@@ -87,11 +89,12 @@ class NeutralResiduesConfig(PeftConfig):
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         for name in _FIELDS.keys() & {f.name for f in dataclasses.fields(self)} - {"layers"}:
-            value = getattr(self, name)
+            value, declared = getattr(self, name), _FIELDS[name]
             is_whole = isinstance(value, int) and not isinstance(value, bool)
-            check_value(name, float(value) if is_whole else value, _FIELDS[name])
+            check_value(name, float(value) if is_whole and isinstance(declared.default, float) else value, declared)
         check_layers(self.layers)
         check_placement(self.position, self.site, self.activation)
+        check_gate_memory(self.gate, self.gate_memory)
         if self.local_loss == "domain_cross_entropy" and self.gate == "none":
             raise ConfigError(
                 "local_loss = 'domain_cross_entropy' trains the block gate as a domain classifier, but gate = 'none'. "
@@ -137,12 +140,13 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
         """Add an adapter, on the device of the block."""
         width, gate, initialisation = config.width, config.gate, config.initialisation
+        memory = config.gate_memory
         adapter: GatedResidue
         if config.site == "persistent_memory":
             n_heads, d_head = attention_shape(self.base_layer)
-            adapter = PersistentMemory(d_model, n_heads, d_head, width, n_layers, gate, initialisation)
+            adapter = PersistentMemory(d_model, n_heads, d_head, width, n_layers, gate, initialisation, memory)
         else:
-            adapter = GatedAdapter(d_model, width, n_layers, gate, initialisation, config.activation)
+            adapter = GatedAdapter(d_model, width, n_layers, gate, initialisation, config.activation, memory)
         weight = next(self.base_layer.parameters())
         if not any(p.is_meta for p in adapter.parameters()):
             adapter.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
@@ -190,6 +194,7 @@ class NeutralResiduesModel(BaseTuner):
 
     prefix = "neutral_residues_"
     tuner_layer_cls = NeutralResiduesLayer
+    sequences: Sequences | None = None  # for gates with a memory
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> NeutralResiduesConfig:
         for name, value in getattr(peft_config, "_filled_in", {}).items():  # for another model, perhaps of another size
@@ -240,10 +245,24 @@ class NeutralResiduesModel(BaseTuner):
             target = JoinedFeedForward.join(parent)
         layer = target if isinstance(target, NeutralResiduesLayer) else NeutralResiduesLayer(target)
         layer.update_layer(adapter_name, peft_config, model_width(self.model), count_layers(self.model))
+        adapter: Any = layer.neutral_residues_adapters[adapter_name]
+        self._tell_of_sequences(adapter.block_gate, current_key)
         if adapter_name not in self.active_adapters:
             layer.neutral_residues_adapters[adapter_name].requires_grad_(False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _tell_of_sequences(self, gate: BlockGate | None, block_name: str) -> None:
+        if gate is None or gate.memory == 1:
+            return
+        if self.sequences is None:
+            self.sequences = Sequences(decoder_of(self.model, block_name), count_layers(self.model))
+        self.sequences.follow(gate)
+
+    def unload(self) -> nn.Module:
+        if self.sequences is not None:
+            self.sequences.remove()
+        return super().unload()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own version reads `.weight`, which a whole block lacks

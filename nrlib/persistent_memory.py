@@ -33,7 +33,8 @@ class PersistentMemory(GatedResidue):
     d_model : D, width of the hidden state.
     n_heads, d_head : heads of the block's queries, and their width d_h.
     width : N, vectors of each head.
-    n_layers, gate, initialisation : as in `nrlib.adapter.GatedAdapter`; the initialisation is that of the gate.
+    n_layers, gate, initialisation, gate_memory : as in `nrlib.adapter.GatedAdapter`; the initialisation is that of the
+        gate.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class PersistentMemory(GatedResidue):
         n_layers: int,
         gate: str = "elu",
         initialisation: str = "low_variance",
+        gate_memory: int = 1,
     ) -> None:
         super().__init__()
         self.keys = nn.Parameter(torch.empty(n_heads, width, d_head))
         self.values = nn.Parameter(torch.empty(n_heads, width, d_head))
-        self.add_gate(d_model, gate)
+        self.add_gate(d_model, gate, gate_memory)
         self.initialise(initial_variance(d_model, n_layers, initialisation))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ ALL_METHODS = METHODS + RIVALS
 _WITHOUT_LOCAL_LOSS = {"local_loss": "none", "local_loss_weight": 0.0}
 _WITHOUT_ADAPTER = {
     "gate": "none", **_WITHOUT_LOCAL_LOSS, "initialisation": "he", "position": "parallel", "site": "ffn", "layers": "all",
-    "activation": "silu",
+    "activation": "silu", "gate_memory": 1,
 }  # fmt: skip
 _WITHOUT_PENALTY = {"kl_weight": 0.0, "ewc_weight": 0.0, "interpolation_ratio": 1.0}
 
@@ -34,7 +34,7 @@ _EVERY_WEIGHT = {**_WITHOUT_ADAPTER, **_WITHOUT_PENALTY, "extra_ratio": 0.0}
 FIXED_BY_METHOD: dict[str, dict[str, Any]] = {
     "fine_tuning": _EVERY_WEIGHT,
     "lora": {**_WITHOUT_ADAPTER, **_WITHOUT_PENALTY},
-    "vanilla_adapter": {"gate": "none", **_WITHOUT_LOCAL_LOSS, **_WITHOUT_PENALTY},
+    "vanilla_adapter": {"gate": "none", "gate_memory": 1, **_WITHOUT_LOCAL_LOSS, **_WITHOUT_PENALTY},
     "neutral_residues": {"ewc_weight": 0.0, "interpolation_ratio": 1.0},
     "block_expansion": {**_WITHOUT_ADAPTER, **_WITHOUT_PENALTY},
     "weight_interpolation": {**_WITHOUT_ADAPTER, **_all_but("interpolation_ratio"), "extra_ratio": 0.0},

@@ -128,7 +128,7 @@ def test_bfloat16_backbone(family, position, site, tiny_model):
 def test_compiled(family, tiny_model):
     """One graph from end to end, and one for all steps; equal logits, and gradients as without."""
     model = extended(tiny_model(family, n_layers=1), site="ffn")
-    model.add_adapter("second", NeutralResiduesConfig(site="attention", position="serial", gate="relu"))
+    model.add_adapter("second", NeutralResiduesConfig(site="attention", position="serial", gate="relu", gate_memory=3))
     model.base_model.set_adapter(["default", "second"])
     open_adapters(model)
     parameters = {

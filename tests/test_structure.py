@@ -17,7 +17,7 @@ ORDER = [
     "storage", "hub", "weights", "profiles",
     "config",
     "machine",
-    "adapter", "architecture", "model_card", "tracking",
+    "gate_memory", "adapter", "architecture", "model_card", "tracking",
     "persistent_memory",
     "distributed",
     "sparse_inference",

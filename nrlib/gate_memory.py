@@ -1,0 +1,137 @@
+"""Gates with a memory: the block gate weighs the last tokens of a sequence together, not each alone.
+
+A token can be of either language; the tokens around it rarely leave a doubt. Since the mean of products is the product of
+the mean, mean(w · x) = w · mean(x), one number a token and gate is all that has to be remembered. While a model generates,
+these numbers lie in its key-value cache, in layers behind those of the attention, so that the cache's own operations
+(beams, cropping) reach them too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .errors import BackboneError
+
+
+class BlockGate(nn.Linear):
+    """w · x + b of hidden states x (B, T, D), the product averaged over the last `memory` tokens: scores (B, T, 1).
+
+    Parameters
+    ----------
+    d_model : D, width of the hidden state.
+    memory : tokens that are averaged, the present one the last of them; 1 is the paper's gate.
+    """
+
+    def __init__(self, d_model: int, memory: int = 1) -> None:
+        super().__init__(d_model, 1)
+        self.memory = memory
+        self.sequences: Sequences | None = None  # without it, every forward pass reads whole sequences
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.memory == 1:
+            return super().forward(x)
+        products = F.linear(x, self.weight).float()  # (…, 1)
+        shape = products.shape
+        mask = None
+        if self.sequences is not None:
+            products = products.reshape(self.sequences.n_sequences, -1, 1)
+            products, mask = self.sequences.with_past(self, products), self.sequences.attention_mask
+        n_tokens = shape.numel() // products.shape[0]
+        mean = causal_mean(products.reshape(*products.shape[:-1]), mask, self.memory)[:, -n_tokens:]
+        return (mean.reshape(shape) + self.bias).to(x.dtype)
+
+
+def causal_mean(values: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """Mean of values (B, T) over the last `window` positions up to each, of those whose mask (B, T) is not 0."""
+    weights = torch.ones_like(values) if mask is None else mask.to(values)
+    sums, counts = (
+        F.avg_pool1d(F.pad(row[:, None], (window - 1, 0)), window, stride=1).squeeze(1) for row in (values * weights, weights)
+    )  # fmt: skip
+    return sums / counts.clamp(min=0.5 / window)
+
+
+class Sequences:
+    """What a pass through the backbone reads: how many sequences, which positions are padding, and what went before.
+
+    Parameters
+    ----------
+    decoder : the module that holds the decoder layers; a hook tells each of its passes from the next.
+    n_layers : layers of the backbone, whose places in the key-value cache are the first.
+    """
+
+    def __init__(self, decoder: nn.Module, n_layers: int) -> None:
+        self.n_sequences = 1
+        self.attention_mask: Tensor | None = None
+        self._n_layers = n_layers
+        self._cache: Cache | None = None
+        self._n_past = 0
+        self._places: dict[BlockGate, int] = {}
+        self._is_kept = False  # whether this pass may make a cache that will want the products
+        self._without_cache: dict[int, Tensor] = {}
+        self._handles = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def follow(self, gate: BlockGate) -> None:
+        """Let a gate know of the sequences it reads."""
+        gate.sequences = self
+        self._places[gate] = self._n_layers + len(self._places)
+
+    def remove(self) -> None:
+        """Take the hooks off the backbone."""
+        for handle in self._handles:
+            handle.remove()
+
+    def with_past(self, gate: BlockGate, products: Tensor) -> Tensor:
+        """A gate's products (B, T, 1) after those of the cached tokens, (B, P + T, 1)."""
+        place = self._places[gate]
+        if self._cache is None:
+            if self._is_kept:
+                self._without_cache[place] = products.detach()
+            return products
+        layer = _layer(self._cache, place)
+        if layer.get_seq_length() != self._n_past:
+            raise BackboneError(
+                f"The key-value cache holds {self._n_past} tokens, but of {layer.get_seq_length()} the gates know what they "
+                "saw: it was filled with the adapter switched off, or by another model. Gates with a memory need a cache that "
+                "they have filled themselves: start from an empty one."
+            )
+        extended: Tensor = layer.update(products[:, None], products[:, None, :, :0])[0]
+        return extended[:, 0]
+
+    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        self.n_sequences = tokens.shape[0]
+        mask = kwargs.get("attention_mask")
+        self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._cache = kwargs.get("past_key_values")
+        self._n_past = 0 if self._cache is None else int(self._cache.get_seq_length())
+        self._is_kept = self._cache is None and not decoder.training and kwargs.get("use_cache") is not False
+
+    def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        made = getattr(output, "past_key_values", None)
+        if self._cache is None and isinstance(made, Cache):  # the decoder made it during this pass
+            for place, products in self._without_cache.items():
+                _layer(made, place).update(products[:, None], products[:, None, :, :0])
+        self._without_cache.clear()
+        self._is_kept = False
+
+
+def _layer(cache: Cache, place: int) -> DynamicLayer:
+    while len(cache.layers) <= place:
+        cache.layers.append(DynamicLayer())
+    layer: DynamicLayer = cache.layers[place]
+    return layer
+
+
+def decoder_of(model: nn.Module, block_name: str) -> nn.Module:
+    """The module that holds the layers, given the full name of a block in one of them; the model itself if none does."""
+    parts = block_name.split(".")
+    places = [index for index, part in enumerate(parts) if part.isdigit()]
+    return model.get_submodule(".".join(parts[: places[0] - 1])) if places else model
