@@ -164,7 +164,10 @@ def extend(
     n_tokens: Annotated[int | None, _help("n_tokens")] = None,
     seed: Annotated[int | None, _help("seed")] = None,
     parameter: Assignments = [],  # noqa: B006  (typer copies it)
-    preset: Annotated[str, typer.Option(help=f"Settings of neutral residues by name: {', '.join(PRESETS)}.")] = "",
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"Settings of neutral residues by name: {', '.join(PRESETS)}.", show_default="recommended"),
+    ] = None,
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
     parallel: Annotated[Parallel | None, typer.Option(help=_PARALLEL_HELP, show_default=False)] = None,
@@ -194,7 +197,8 @@ def extend(
         "new_domain": new_domain, "method": method, "mix_ratio": mix_ratio, "learning_rate": learning_rate,
         "n_tokens": n_tokens, "seed": seed,
     }  # fmt: skip
-    changes = command.preset_values(preset) | command.merge_changes(named, split_assignments(parameter))
+    changes = command.merge_changes(named, split_assignments(parameter))
+    changes = command.preset_values(preset, changes) | changes
     with processes(parallel.value if parallel else ""):
         report = command.extend_and_report(profile, changes, save, log_to)
         if is_first_process():

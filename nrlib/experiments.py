@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .config import PLACEMENTS, RunConfig, make_config
@@ -177,6 +177,36 @@ def longer_with_kl(profile: str, seeds: Sequence[int], length: float) -> list[Ru
     return [
         arm(profile, method, seed=seed, n_tokens=n_tokens, **options) for method, options in settings for seed in seeds
     ]
+
+
+def gate_memories(
+    profile: str, memories: Sequence[int], local_loss_weights: Sequence[float], seeds: Sequence[int]
+) -> list[RunConfig]:
+    """Neutral residues with every memory of the gate, and the recommended memory under every weight of the local loss."""
+    recommended = PRESETS["recommended"]["gate_memory"]
+    changed: list[dict[str, Any]] = [{"gate_memory": memory} for memory in memories]
+    changed += [{"gate_memory": recommended, "local_loss_weight": weight} for weight in local_loss_weights]
+    return _once(arm(profile, "neutral_residues", seed=seed, **change) for change in changed for seed in seeds)
+
+
+def recommended(profile: str, seeds: Sequence[int], more_seeds: Sequence[int], length: float) -> list[RunConfig]:
+    """The four methods, neutral residues as in the paper and as recommended, trained `length` times as long as the profile
+    says; the recommended setting with more seeds."""
+    n_tokens = round(length * make_config(profile).training.n_tokens)
+    settings: list[tuple[str, Mapping[str, Any], Sequence[int]]] = [(method, {}, seeds) for method in METHODS]
+    settings += [
+        ("neutral_residues", PRESETS["paper"], seeds),
+        ("neutral_residues", PRESETS["recommended"], more_seeds),
+    ]
+    return [
+        arm(profile, method, seed=seed, n_tokens=n_tokens, **options)
+        for method, options, chosen in settings
+        for seed in chosen
+    ]
+
+
+def _once(runs: Iterable[RunConfig]) -> list[RunConfig]:
+    return list({run.run_id: run for run in runs}.values())
 
 
 def budgets(

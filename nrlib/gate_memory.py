@@ -37,22 +37,31 @@ class BlockGate(nn.Linear):
             return super().forward(x)
         products = F.linear(x, self.weight).float()  # (…, 1)
         shape = products.shape
-        mask = None
+        mask = positions = None
         if self.sequences is not None:
             products = products.reshape(self.sequences.n_sequences, -1, 1)
-            products, mask = self.sequences.with_past(self, products), self.sequences.attention_mask
+            products = self.sequences.with_past(self, products)
+            mask, positions = self.sequences.attention_mask, self.sequences.positions
         n_tokens = shape.numel() // products.shape[0]
-        mean = causal_mean(products.reshape(*products.shape[:-1]), mask, self.memory)[:, -n_tokens:]
+        mean = causal_mean(products.reshape(*products.shape[:-1]), self.memory, mask, positions)[:, -n_tokens:]
         return (mean.reshape(shape) + self.bias).to(x.dtype)
 
 
-def causal_mean(values: Tensor, mask: Tensor | None, window: int) -> Tensor:
-    """Mean of values (B, T) over the last `window` positions up to each, of those whose mask (B, T) is not 0."""
-    weights = torch.ones_like(values) if mask is None else mask.to(values)
-    sums, counts = (
-        F.avg_pool1d(F.pad(row[:, None], (window - 1, 0)), window, stride=1).squeeze(1) for row in (values * weights, weights)
-    )  # fmt: skip
-    return sums / counts.clamp(min=0.5 / window)
+def causal_mean(values: Tensor, window: int, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    """Mean of values (B, T) over the last `window` tokens up to each: of those whose mask (B, T) is not 0, or of those
+    since the position (B, T) was last 0, where several texts stand in one row."""
+    if positions is None:
+        weights = torch.ones_like(values) if mask is None else mask.to(values)
+        sums, counts = (
+            F.avg_pool1d(F.pad(row[:, None], (window - 1, 0)), window, stride=1).squeeze(1)
+            for row in (values * weights, weights)
+        )
+        return sums / counts.clamp(min=0.5 / window)
+    place = torch.arange(values.shape[1], device=values.device)
+    n_read = torch.minimum(positions, place).clamp(max=window - 1) + 1  # (B, T)
+    sums = F.pad(values.double().cumsum(dim=1), (1, 0))  # (B, T + 1); in float32 a difference of long sums is rough
+    first = (place + 1 - n_read).expand_as(values)
+    return ((sums[:, 1:] - sums.gather(1, first)) / n_read).to(values.dtype)
 
 
 class Sequences:
@@ -67,6 +76,7 @@ class Sequences:
     def __init__(self, decoder: nn.Module, n_layers: int) -> None:
         self.n_sequences = 1
         self.attention_mask: Tensor | None = None
+        self.positions: Tensor | None = None  # where several texts may stand in one row
         self._n_layers = n_layers
         self._cache: Cache | None = None
         self._n_past = 0
@@ -112,6 +122,8 @@ class Sequences:
         self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._cache = kwargs.get("past_key_values")
         self._n_past = 0 if self._cache is None else int(self._cache.get_seq_length())
+        is_packed = self.attention_mask is None and self._n_past == 0  # padding-free training has positions and no mask
+        self.positions = kwargs.get("position_ids") if is_packed else None
         self._is_kept = self._cache is None and not decoder.training and kwargs.get("use_cache") is not False
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

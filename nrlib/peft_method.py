@@ -33,6 +33,7 @@ from .errors import ConfigError
 from .gate_memory import BlockGate, Sequences, decoder_of
 from .model_card import write_model_card
 from .persistent_memory import PersistentMemory
+from .profiles import PRESETS
 from .sparse_inference import add_residue
 from .weights import check_fit, refuse_pickles, shapes_differ
 
@@ -66,10 +67,13 @@ class NeutralResiduesConfig(PeftConfig):
     local_loss_weight: float = _DEFAULTS["local_loss_weight"]
     initialisation: str = _DEFAULTS["initialisation"]
     activation: str = _DEFAULTS["activation"]
-    gate_memory: int = _DEFAULTS["gate_memory"]
     position: str = _DEFAULTS["position"]
     site: str = _DEFAULTS["site"]
     layers: str | list[int] = _DEFAULTS["layers"]
+    gate_memory: int | None = field(
+        default=None,
+        metadata={"help": "tokens the block gate weighs together; None: the recommended number, 1 without a gate"},
+    )
     width: int | None = field(
         default=None,
         metadata={
@@ -88,6 +92,8 @@ class NeutralResiduesConfig(PeftConfig):
             self.layers = ",".join(str(index) for index in self.layers)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
+        if self.gate_memory is None:
+            self.gate_memory = 1 if self.gate == "none" else PRESETS["recommended"]["gate_memory"]
         for name in _FIELDS.keys() & {f.name for f in dataclasses.fields(self)} - {"layers"}:
             value, declared = getattr(self, name), _FIELDS[name]
             is_whole = isinstance(value, int) and not isinstance(value, bool)

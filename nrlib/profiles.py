@@ -60,9 +60,12 @@ STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "distillation": ("kl_weight", (0.3, 1.0, 10.0)),
 }
 
-# Settings of neutral residues with a name. `paper` is the paper's own, as far as it is known; the book's log says why it
-# is not the default. `with_kl` holds the predictions as well; the notebook `recipe` says what that buys.
+# Settings of neutral residues with a name. `recommended` is what the notebook `gate_memory` arrives at, and the default
+# of `NeutralResiduesConfig` and of `nrlib extend`; the other pages compare settings without a memory, as in the paper.
+# `paper` is the paper's own, as far as it is known. `with_kl` holds the predictions as well; the notebook `recipe` says
+# what that buys.
 PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {"gate": "elu", "local_loss": "l1", "local_loss_weight": 5.0, "gate_memory": 64},
     "paper": {"gate": "relu", "local_loss": "l1", "local_loss_weight": 0.01},
     "with_kl": {"gate": "elu", "local_loss": "l1", "local_loss_weight": 5.0, "kl_weight": 2.0},
 }

@@ -203,7 +203,7 @@ def test_run_shows_the_parameters_of_a_notebook(study):
         (["--n-tokens", "100"], "n_tokens = 100 is less than one batch"),
         (["-p", "n_heads=3"], "n_heads = 3"),
         (["--backbone", "./no-such-model"], "no-such-model"),
-        (["--preset", "best"], "Allowed: paper, with_kl"),
+        (["--preset", "best"], "Allowed: recommended, paper, with_kl"),
         (["--preset", "with_kl", "--method", "lora"], "has no meaning for method = 'lora'"),
         (["--method", "gated_lora", "--save", "somewhere"], "gated_lora stands here for comparison"),
     ],
@@ -228,6 +228,25 @@ def test_extend_explains_every_parameter():
     assert "d_model = 32 " in stdout  # the profile's value, not the field's default
 
 
+@pytest.mark.parametrize(
+    ("named", "memory"),
+    [
+        ([], 64),
+        (["-p", "gate_memory=4"], 4),
+        (["--preset", "paper"], 1),
+        (["-p", "gate=none"], 1),
+        (["--method", "lora"], 1),
+    ],
+)
+def test_the_recommended_settings_are_the_default_where_there_is_a_gate(named, memory, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        extend, "extend_and_report", lambda profile, changes, *rest: seen.append(make_config(profile, **changes))
+    )
+    call("extend", "--profile", "smoke", *named)
+    assert seen[0].method.gate_memory == memory
+
+
 def test_a_preset_gives_way_to_what_is_named(monkeypatch):
     seen = []
     monkeypatch.setattr(extend, "extend_and_report", lambda profile, changes, *rest: seen.append(changes) or "")
@@ -238,7 +257,7 @@ def test_a_preset_gives_way_to_what_is_named(monkeypatch):
 def test_extend_reports_a_stored_run_without_training(monkeypatch):
     monkeypatch.setattr(runs, "run", never_called)
     publish(monkeypatch, make_record(new=2.5), make_record("fine_tuning", new=2.0))
-    result = call("extend", "--profile", "smoke")
+    result = call("extend", "--profile", "smoke", "-p", "gate_memory=1")
     assert result.exit_code == 0, result.output
     assert "learning   75.0%" in result.stdout  # (4 - 2.5) / (4 - 2)
     assert str(make_config("smoke").run_id) in result.stdout

@@ -34,12 +34,19 @@ def greedy(model, prompt, **options):
 def test_the_mean_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 1.0, 1.0, 4.0]])
     expected = torch.tensor([[1.0, 1.5, 2.5, 4.5], [5.0, 3.0, 1.0, 2.5]])
-    torch.testing.assert_close(causal_mean(values, None, 2), expected)
+    torch.testing.assert_close(causal_mean(values, 2), expected)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     expected[0] = torch.tensor([0.0, 2.0, 2.5, 4.5])
-    torch.testing.assert_close(causal_mean(values, mask, 2), expected)
-    torch.testing.assert_close(causal_mean(values, None, 1), values)
-    torch.testing.assert_close(causal_mean(values, None, 100)[:, -1], values.mean(dim=1))
+    torch.testing.assert_close(causal_mean(values, 2, mask), expected)
+    torch.testing.assert_close(causal_mean(values, 1), values)
+    torch.testing.assert_close(causal_mean(values, 100)[:, -1], values.mean(dim=1))
+
+
+def test_texts_in_one_row_do_not_remember_each_other():
+    values = torch.tensor([[1.0, 2.0, 3.0, 6.0, 5.0, 1.0]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    torch.testing.assert_close(causal_mean(values, 2, None, positions), torch.tensor([[1.0, 1.5, 2.5, 6.0, 5.5, 3.0]]))
+    torch.testing.assert_close(causal_mean(values, 9, None, torch.arange(6)[None]), causal_mean(values, 9))
 
 
 def test_a_memory_of_one_token_is_the_papers_gate():

@@ -57,17 +57,20 @@ def merge_changes(named: Mapping[str, Any], assignments: Mapping[str, str]) -> d
     return changes
 
 
-def preset_values(name: str) -> dict[str, Any]:
-    """The settings of a preset; none without a name.
+def preset_values(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a preset; without a name the recommended ones, if `changes` leave a gate that they can be used on.
 
     Raises
     ------
     ConfigError
         For an unknown name.
     """
-    if name not in ("", *PRESETS):
+    if name is None:
+        is_gated = changes.get("method", "neutral_residues") == "neutral_residues" and changes.get("gate") != "none"
+        return PRESETS["recommended"] if is_gated else {}
+    if name not in PRESETS:
         raise ConfigError(f"preset = {name!r} is unknown. Allowed: {', '.join(PRESETS)}.")
-    return PRESETS.get(name, {})
+    return PRESETS[name]
 
 
 def explain_parameters(profile: str) -> str:
