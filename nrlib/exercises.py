@@ -19,6 +19,7 @@ from .adapter import GatedAdapter
 from .config import make_config
 from .errors import ConfigError
 from .evaluation import forgetting, learning
+from .gate_memory import causal_mean
 from .losses import NEW, ORIGINAL, LocalLoss
 from .machine import seeded
 
@@ -165,6 +166,10 @@ EXERCISES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "interpolate": (
         _function(lambda a, b, ratio: a + ratio * (b - a), _hidden_states, _hidden_states, _positive),
         "at ratio 0 the result is the backbone, at ratio 1 the fine-tuned weights",
+    ),
+    "memory_mean": (
+        _function(lambda scores, memory: causal_mean(scores[None], memory)[0], lambda: torch.randn(9), lambda: int(torch.randint(1, 5, ()))),
+        "token t averages the scores from t − memory + 1, or from 0, up to t itself",
     ),
     "kl_function": (
         _function(_kl, lambda: torch.randn(4, 7), lambda: torch.randn(4, 7)),

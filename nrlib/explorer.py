@@ -16,7 +16,7 @@ import pandas as pd
 from .config import RunConfig, flat_values, make_config
 from .errors import ConfigError
 from .notebooks import find_notebook, list_notebooks, read_parameters
-from .profiles import ALL_METHODS, FIXED_BY_METHOD, STRENGTHS
+from .profiles import ALL_METHODS, FIXED_BY_METHOD, PRESETS, STRENGTHS
 from .records import Record
 from .storage import fingerprint
 from .tables import flat_records
@@ -44,6 +44,7 @@ DIALS = (
     Dial("n_tokens", "training tokens", ("n_tokens",)),
     Dial("gate", "gate", ("gate",)),
     Dial("local_loss", "local loss", ("local_loss",)),
+    Dial("gate_memory", "memory of the gate", ("gate_memory",)),
     Dial("placement", "placement", ("site", "position")),
     Dial("layers", "layers", ("layers",)),
 )
@@ -63,6 +64,9 @@ def changed_parameters(config: RunConfig) -> dict[str, Any]:
 def extend_command(config: RunConfig) -> str:
     """The command that makes this run, or shows its record where it has been made."""
     changes = {**changed_parameters(config), "seed": config.seed}
+    if config.method.method == "neutral_residues" and config.method.gate != "none":  # where the command adds a preset
+        values = flat_values(config)
+        changes |= {name: values[name] for name, value in PRESETS["recommended"].items() if values[name] != value}
     words = ["nrlib", "extend", "--profile", config.profile, "--method", config.method.method]
     for name, value in changes.items():
         words += ["-p", f"{name}={text(value)}"]

@@ -21,7 +21,8 @@ def guide_tables(profile: str = "laptop") -> dict[str, str]:
         return dict.fromkeys(NAMES, f"*There is no published run of the profile {profile}.*\n")
     table = results_table(records)
     usual = _usual(table)
-    ours = usual[usual["method"] == "neutral_residues"]
+    without_memory = usual[usual["gate_memory"] == 1]
+    ours = without_memory[without_memory["method"] == "neutral_residues"]
     l1 = ours[(ours["gate"] == "elu") & ours["local_loss"].isin(["l1", "none"])]
     plain = l1[l1["local_loss_weight"] == 5]
     tables = (
@@ -63,6 +64,8 @@ def _reach(table: pd.DataFrame) -> str:
     shares = (0.8, 0.9, 0.95)
     settings = ["method", "learning_rate", "strength"]
     runs = with_strength(table[table["method"].isin([*METHODS, *STRENGTHS, "block_expansion", "gated_lora"])])
+    memory = runs["gate_memory"].map(lambda n: f", a memory of {n}" if n > 1 else "")
+    runs = runs.assign(method=runs["method"].astype(str) + memory)
     means = runs.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
     lines = [
         "| method | " + " | ".join(f"learns {share:.0%}" for share in shares) + " |",

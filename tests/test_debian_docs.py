@@ -194,7 +194,7 @@ def test_unknown_languages_and_groups(archive: Path, spec: str, said: str) -> No
 
 def test_a_package_no_source_holds_is_named_with_its_group(archive: Path) -> None:
     (archive / "manpages-dev_1%3a2.0-1_all.deb").unlink()
-    with pytest.raises(CorpusError, match=r"manpages-dev \(group 'manpages' of language 'en'.*none of this system's"):
+    with pytest.raises(CorpusError, match=r"manpages-dev \(group 'manpages' of debian-docs:en.*none of this system's"):
         load_debian_docs("en/manpages", progress=False)
 
 

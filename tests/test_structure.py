@@ -30,7 +30,7 @@ ORDER = [
     "corpora.documents", "corpora.man_pages",
     "corpora.extract", "corpora.text_files", "corpora.synthetic",
     "corpora.hub_datasets", "corpora.debian_packages", "corpora.debian_recipes",
-    "corpora.debian_docs",
+    "corpora.debian_docs", "corpora.debian_code",
     "corpora.__init__",
     "splits",
     "batches", "tokenization",

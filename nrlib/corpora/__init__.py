@@ -1,7 +1,8 @@
-"""From a spec string to documents: one registry of four kinds of corpora.
+"""From a spec string to documents: one registry of five kinds of corpora.
 
     synthetic:<name>[/<genre>[+<genre>]][?<option>=<number>]          seeded artificial languages, made on the spot
     debian-docs:<language>[/<group>+<group>]                          documentation translated by volunteers
+    debian-code:<language>                                            source code, from packages too
     file:<glob>                                                       your own .txt, .jsonl and .parquet files
     hub:<dataset or folder>[:<config>][@<revision>][#<number>[MB]]    streamed from the Hugging Face hub, then cached
 
@@ -125,9 +126,22 @@ def _load_debian_docs(rest: str, progress: bool) -> Loaded:
     return *load_debian_docs(rest, progress=progress), None
 
 
+def _check_debian_code(rest: str) -> None:
+    from .debian_code import parse_debian_code
+
+    parse_debian_code(rest)
+
+
+def _load_debian_code(rest: str, progress: bool) -> Loaded:
+    from .debian_code import load_debian_code
+
+    return *load_debian_code(rest, progress=progress), None
+
+
 KINDS = {
     "synthetic": Kind("synthetic:aurelian", parse_synthetic, _load_synthetic),
     "debian-docs": Kind("debian-docs:fr", _check_debian_docs, _load_debian_docs),
+    "debian-code": Kind("debian-code:python", _check_debian_code, _load_debian_code),
     "file": Kind("file:texts/*.txt", match_files, _load_files),
     "hub": Kind("hub:HuggingFaceFW/fineweb-2:fra_Latn#20000", parse_hub, _load_hub),
 }

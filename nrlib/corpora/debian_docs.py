@@ -88,7 +88,7 @@ def _load_group(language: str, group: str, progress: bool) -> tuple[list[Documen
         return cached
     with exclusive(folder):  # two runs that start together download and extract once
         if (cached := _read_extraction(path, recipe)) is None:
-            archives = fetch_packages(names, folder, f"group {group!r} of language {language!r}", progress)
+            archives = fetch_packages(names, folder, f"group {group!r} of debian-docs:{language}", progress)
             records = _extract(families, language, archives, f"extract {language}/{group}", progress)
             header = {
                 "recipe": recipe,

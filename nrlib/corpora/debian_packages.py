@@ -103,7 +103,7 @@ def _require(*programs: str) -> None:
     absent = [program for program in programs if shutil.which(program) is None]
     if absent:
         raise CorpusError(
-            f"The corpus debian-docs is made with Debian's package tools, and {' and '.join(absent)} cannot be found: "
+            f"Corpora from Debian are made with its package tools, and {' and '.join(absent)} cannot be found: "
             f"this seems to be no Debian or Ubuntu system. {OTHERWISE}"
         )
 
@@ -155,13 +155,12 @@ def _offer(name: str, folder: Path, purpose: str, problem: str) -> tuple[str, in
         return match[1], int(match[2])
     if problem:
         raise CorpusError(
-            f"Package {name} ({purpose} of the corpus debian-docs) cannot be had: the package lists could not be "
+            f"Package {name} ({purpose}) cannot be had: the package lists could not be "
             f"downloaded; apt-get said {problem!r}. Is there a network? {OTHERWISE}"
         )
     raise CorpusError(
-        f"Package {name} ({purpose} of the corpus debian-docs) is in none of this system's package sources. Leave the "
-        f"group out (debian-docs:<language>/<group>+<group>), or add a source that holds it, such as Debian's main or "
-        f"Ubuntu's universe. {OTHERWISE}"
+        f"Package {name} ({purpose}) is in none of this system's package sources. Add a source that holds it, such as "
+        f"Debian's main or Ubuntu's universe, or leave it out (debian-docs:<language>/<group>+<group>). {OTHERWISE}"
     )
 
 
