@@ -291,6 +291,7 @@ NEW_DOMAINS: dict[str, dict[str, str]] = {
         "German": "debian-docs:de",
         "Russian": "debian-docs:ru",
         "Japanese": "debian-docs:ja",
+        "Python": "debian-code:python",
     },
 }
 
@@ -298,11 +299,14 @@ NEW_DOMAINS: dict[str, dict[str, str]] = {
 def languages(
     profile: str, corpora: Sequence[str], methods: Sequence[str], seeds: Sequence[int], length: float = 1.0
 ) -> list[RunConfig]:
-    """Methods extending the same backbone to each of several new domains, one at a time, with nothing tuned again."""
+    """Methods extending the same backbone to each of several new domains, one at a time, with nothing tuned again:
+    fine-tuning and neutral residues as recommended with every seed, the others with the first."""
     n_tokens = round(length * make_config(profile).training.n_tokens)
+    settings: list[tuple[str, Mapping[str, Any]]] = [(method, {}) for method in methods]
+    settings.append(("neutral_residues", PRESETS["recommended"]))
     return [
-        arm(profile, method, new_domain=corpus, n_tokens=n_tokens, seed=seed)
+        arm(profile, method, new_domain=corpus, n_tokens=n_tokens, seed=seed, **options)
         for corpus in corpora
-        for method in methods
-        for seed in seeds
+        for method, options in settings
+        for seed in (seeds if options or method == "fine_tuning" else seeds[:1])
     ]

@@ -37,7 +37,7 @@ def test_reading_gates_sees_every_token_once_and_leaves_no_hook(tiny_model):
 
 @pytest.mark.slow
 def test_gates_of_a_trained_model_tell_the_languages_apart():
-    study = gate_activity("smoke", "relu", "l1", 5.0, 0)
+    study = gate_activity("smoke", "relu", 1, "l1", 5.0, 0)
     assert [row["layer"] for row in study["rows"]] == [0, 1]
     assert all(row["auc"] > 0.8 and row["zero_old"] > row["zero_new"] for row in study["rows"])
     switched = study["switched"]

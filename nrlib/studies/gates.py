@@ -78,7 +78,9 @@ def area_under_curve(old: Tensor, new: Tensor) -> float:
 
 
 @torch.no_grad()
-def gate_activity(profile: str, gate: str, local_loss: str, local_loss_weight: float, seed: int) -> dict[str, Any]:
+def gate_activity(
+    profile: str, gate: str, gate_memory: int, local_loss: str, local_loss_weight: float, seed: int
+) -> dict[str, Any]:
     """Study: train neutral residues with a gate, then describe the gates of every layer.
 
     Returns
@@ -91,8 +93,9 @@ def gate_activity(profile: str, gate: str, local_loss: str, local_loss_weight: f
     switched : tokens, and gates by layer, of a text whose language changes sentence by sentence.
     """
     config = arm(
-        profile, "neutral_residues", gate=gate, local_loss=local_loss, local_loss_weight=local_loss_weight, seed=seed
-    )
+        profile, "neutral_residues", gate=gate, gate_memory=gate_memory, local_loss=local_loss,
+        local_loss_weight=local_loss_weight, seed=seed,
+    )  # fmt: skip
     with torch.enable_grad():
         record, model = run_and_keep(config, notebook="gates", progress=False)
     delete_checkpoint(config.run_id)

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..evaluation import bits_per_byte
 from ..experiments import arm
 from ..methods import apply_method
+from ..profiles import PRESETS
 from ..runs import make_batches
 from ..texts import PreparedText, prepare_text
 from ..training import train
@@ -34,7 +35,7 @@ def several_languages(profile: str, languages: Sequence[str], way: str, method: 
     ----------
     languages : corpora of the new domains, in the order in which they are learned.
     way : one of WAYS. 'an adapter each' trains adapters apart and adds up their residues: each token's gates decide.
-    method : 'neutral_residues' or any other; only methods with adapters can go 'an adapter each'.
+    method : 'neutral_residues', as recommended, or any other; only methods with adapters can go 'an adapter each'.
 
     Returns
     -------
@@ -51,7 +52,8 @@ def several_languages(profile: str, languages: Sequence[str], way: str, method: 
             f"way = {way!r} with method = {method!r} is not possible. Ways: {', '.join(WAYS)}; adapters of their own only "
             "with neutral_residues or vanilla_adapter."
         )
-    configs = [arm(profile, method, new_domain=language, seed=seed) for language in languages]
+    options = PRESETS["recommended"] if method == "neutral_residues" else {}
+    configs = [arm(profile, method, new_domain=language, seed=seed, **options) for language in languages]
     texts = [prepare_text(config.data, config.backbone, progress=False) for config in configs]
     held_out = {"original": texts[0].held_out["unseen_original"]}
     held_out |= {language: text.held_out["new"] for language, text in zip(languages, texts, strict=True)}
