@@ -27,7 +27,8 @@ def test_the_area_under_the_curve_is_scikit_learns_ties_included(seed):
 
 
 def test_reading_gates_sees_every_token_once_and_leaves_no_hook(tiny_model):
-    model = get_peft_model(tiny_model(), nrlib.NeutralResiduesConfig(extra_ratio=0.2, gate="relu")).eval()
+    options = nrlib.NeutralResiduesConfig(extra_ratio=0.2, gate="relu", gate_memory=1)
+    model = get_peft_model(tiny_model(), options).eval()
     stream = TokenStream(torch.randint(0, 60, (101,)).numpy().astype("int32"), 300)
     read = read_gates(model, stream, 20)
     assert sorted(read) == [0, 1, 2]
