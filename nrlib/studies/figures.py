@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..figures import MARKERS, PALETTE, STYLE, Picture
+from ..figures import MARKERS, PALETTE, STYLE, Picture, gates_over_text
 
 
 def detector_by_layer(table: pd.DataFrame) -> Figure:
@@ -52,6 +52,17 @@ def singular_values(studies: Sequence[dict[str, Any]]) -> Figure:
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, title="layer", loc="outside right center", frameon=False)
     return figure
+
+
+def switched_text(study: Mapping[str, Any]) -> Figure:
+    """The gates over a text that changes its language, token by token, of one result of `gates.gate_activity`."""
+    switched = study["switched"]
+    rows = [
+        {"position": position, "token": token, "layer": int(layer), "gate": values[position]}
+        for layer, values in switched["gates"].items()
+        for position, token in enumerate(switched["tokens"])
+    ]
+    return gates_over_text(pd.DataFrame(rows))
 
 
 def ends(stages: pd.DataFrame, languages: Sequence[str]) -> Figure:
