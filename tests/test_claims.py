@@ -44,17 +44,18 @@ def select(records, configs):
     return tables.results_table([records[config.run_id] for config in configs], records.values())
 
 
-def test_published_records_are_clean_small_and_of_one_text(records):
+def test_published_records_are_clean_small_and_of_one_text_each(records):
     assert records
-    fingerprints = set()
+    fingerprints = {}
     for record in records.values():
         assert not record.provenance["is_dirty"] and len(record.provenance["git_commit"]) == 40
         assert (RESULTS / f"{record.run_id}.json").stat().st_size <= 10_000
         assert record.run_config.run_id == record.run_id  # the file's name is the configuration's
         corpora = record.provenance["corpora"]
-        fingerprints.add((corpora["original"]["fingerprint"], corpora["new_domain"]["fingerprint"]))
+        for role in ("original", "new_domain"):
+            seen = fingerprints.setdefault(record.config["data"][role], corpora[role]["fingerprint"])
+            assert seen == corpora[role]["fingerprint"]
         assert max(corpus["shingle_overlap"] for corpus in corpora.values()) < 0.01
-    assert len(fingerprints) == 1
 
 
 def test_each_method_has_three_rates_or_more_and_three_seeds_at_its_best(search, methods):
@@ -115,6 +116,42 @@ def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
     memory = table[table["site"] == "persistent_memory"].set_index("layers")
     assert memory["learning"].idxmax() == "all" and memory["learning"].max() < parallel["learning"]["all"]
     assert memory["forgetting"]["last_half"] < 0.15 * memory["forgetting"]["all"]
+
+
+def test_a_gate_that_remembers_forgets_less_and_learns_more(records):
+    table = select(records, experiments.gate_memories("laptop", [1, 4, 16, 64], [1.0, 5.0, 20.0], [0, 1, 2]))
+    usual = table[table["local_loss_weight"] == 5.0].groupby("gate_memory")
+    assert (usual["seed"].nunique() == 3).all()
+    means = usual[["forgetting", "learning"]].mean()
+    assert means["forgetting"].is_monotonic_decreasing and means["learning"].is_monotonic_increasing
+    assert usual["forgetting"].max()[64] < 0.5 * usual["forgetting"].min()[1]  # on every seed
+    assert usual["learning"].min()[64] > usual["learning"].max()[1]
+    validation = usual["bits_per_byte_unseen_original_validation"].mean()
+    assert validation.is_monotonic_decreasing  # the choice by validation text is the same
+    dial = table[table["gate_memory"] == 64].groupby("local_loss_weight")[["forgetting", "learning"]].mean()
+    assert dial["forgetting"].is_monotonic_decreasing and dial["learning"].is_monotonic_decreasing
+    one_token = select(records, experiments.rivals("laptop", [0.01], [0], ["neutral_residues"]))
+    at = one_token.set_index("local_loss_weight")
+    for weight in dial.index:  # "a third as much at every weight" of the decision guide
+        assert (
+            dial["forgetting"][weight] < 0.5 * at["forgetting"][weight]
+            and dial["learning"][weight] > at["learning"][weight]
+        )
+
+
+def test_the_recommended_settings_beat_the_papers_own_on_five_seeds(records):
+    table = select(records, experiments.recommended("laptop", [0, 1, 2], [0, 1, 2, 3, 4], 3.0))
+    is_paper, is_recommended = table["local_loss_weight"] == 0.01, table["gate_memory"] > 1
+    recommended, paper = table[is_recommended], table[is_paper]
+    plain = table[(table["method"] == "neutral_residues") & ~is_paper & ~is_recommended]
+    others = table[table["method"].isin(["fine_tuning", "lora", "vanilla_adapter"])]
+    assert len(recommended) == 5 and len(paper) == len(plain) == 3
+    assert (
+        recommended["forgetting"].max() < 0.01 and recommended["learning"].min() > 0.85
+    )  # the book's goal, on every seed
+    assert recommended["forgetting"].max() < plain["forgetting"].min() < others["forgetting"].min()
+    assert recommended["learning"].min() > plain["learning"].max()
+    assert recommended["forgetting"].max() < paper["forgetting"].min()
 
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):

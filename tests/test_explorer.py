@@ -83,13 +83,15 @@ def test_rows_equal_the_records(records):
     for record in records:
         values = flat_values(record.run_config)
         if (values["method"], values["learning_rate"], values["mix_ratio"]) == ("fine_tuning", 0.01, 0.1):
-            tuned[values["profile"], values["n_tokens"]].append(record.results["bits_per_byte"]["new"])
+            tuned[values["profile"], values["n_tokens"], values["new_domain"]].append(
+                record.results["bits_per_byte"]["new"]
+            )
     for record, row in zip(records, rows, strict=True):
         before, after = record.results["backbone_bits_per_byte"], record.results["bits_per_byte"]
         lost = after["unseen_original"] / before["unseen_original"] - 1
         assert row["forgetting"] == pytest.approx(lost, abs=2e-5)
         if record.config["profile"] == "laptop":
-            best = tuned["laptop", record.config["training"]["n_tokens"]]
+            best = tuned["laptop", record.config["training"]["n_tokens"], record.config["data"]["new_domain"]]
             gain = (before["new"] - after["new"]) / (before["new"] - sum(best) / len(best))
             assert row["learning"] == pytest.approx(gain, abs=2e-5)
         assert row["bits_per_byte_new"] == after["new"]
@@ -102,7 +104,7 @@ def test_settings_hold_every_run_once_and_average_over_seeds(records):
     names = [run["run_id"] for setting in found for run in setting["runs"]]
     assert sorted(names) == sorted(record.run_id for record in records)
     by_name = {record.run_id: record for record in records}
-    assert max(setting["seeds"] for setting in found) == 3
+    assert max(setting["seeds"] for setting in found) == 5
     for setting in found:
         configs = {str({**by_name[run["run_id"]].config, "seed": 0}) for run in setting["runs"]}
         assert len(configs) == 1 and setting["seeds"] == len({run["seed"] for run in setting["runs"]})
