@@ -132,9 +132,9 @@ def test_a_gate_that_remembers_forgets_less_and_learns_more(records):
     assert dial["forgetting"].is_monotonic_decreasing and dial["learning"].is_monotonic_decreasing
     one_token = select(records, experiments.rivals("laptop", [0.01], [0], ["neutral_residues"]))
     at = one_token.set_index("local_loss_weight")
-    for weight in dial.index:  # "a third as much at every weight" of the decision guide
+    for weight in dial.index:  # the decision guide: "little more than half as much at most"
         assert (
-            dial["forgetting"][weight] < 0.5 * at["forgetting"][weight]
+            dial["forgetting"][weight] < 0.6 * at["forgetting"][weight]
             and dial["learning"][weight] > at["learning"][weight]
         )
 
