@@ -47,6 +47,7 @@ MEASURED = ("unseen_original", "new")
 # What the chapter compares: half of the weights on a grid, as in the paper, or a tenth of the codebook's blocks.
 TRAININGS: dict[str, dict[str, Any]] = {
     "none": {},
+    "int4": {"noise": "int4", "noise_ratio": 0.5},
     "int3": {"noise": "int3", "noise_ratio": 0.5},
     "pq": {"noise": "pq", "noise_ratio": 0.1},
 }

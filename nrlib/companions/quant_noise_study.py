@@ -37,6 +37,8 @@ NOISES: dict[str, Any] = {**SCHEMES, "proxy": Proxy(8)}
 # What the chapter compares: its name, and the arguments of `markov_study`.
 TRAININGS: dict[str, dict[str, Any]] = {
     "without noise": {},
+    "4-bit noise on half": {"noise": "int4", "noise_ratio": 0.5},
+    "4-bit noise on all": {"noise": "int4", "noise_ratio": 1.0},
     "3-bit noise on half": {"noise": "int3", "noise_ratio": 0.5},
     "3-bit noise on all": {"noise": "int3", "noise_ratio": 1.0},
     "zeros in a fifth": {"noise": "proxy", "noise_ratio": 0.2},
