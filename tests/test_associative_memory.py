@@ -69,6 +69,8 @@ def test_a_language_is_counted_from_a_text():
     for text in ([], [0, 0, 0]):
         with pytest.raises(ConfigError, match="two tokens or more"):
             count_language(text)
+    with pytest.raises(ConfigError, match="the token -1; allowed are whole numbers from 0"):
+        count_language([0, -1, 2])
 
 
 def test_a_language_keeps_to_its_tokens_and_leads_with_its_triggers():

@@ -17,7 +17,7 @@ from ..corpora import load_corpus
 from ..corpora.documents import Document
 from ..corpora.synthetic import load_language
 from ..errors import ConfigError
-from .vocabulary_alignment import compare_maps, fit_map, normalise, precision_at_1, translate
+from .vocabulary_alignment import compare_maps, fit_map, precision_at_1, translate, unit_rows
 from .vocabulary_words import (
     Lexicon,
     Vectors,
@@ -65,11 +65,11 @@ def synthetic_pair(
     rotated on its own.
     """
     rng = np.random.default_rng(seed)
-    shared = normalise(rng.normal(size=(n_words, n_meanings)))
+    shared = unit_rows(rng.normal(size=(n_words, n_meanings)))
     frequency = 1.0 / np.arange(1, n_words + 1)
     languages = []
     for _ in range(2):
-        own = normalise(shared + disturbance * normalise(rng.normal(size=shared.shape)))
+        own = unit_rows(shared + disturbance * unit_rows(rng.normal(size=shared.shape)))
         expected = np.outer(frequency, frequency) * np.exp(sharpness * own @ own.T)
         np.fill_diagonal(expected, 0.0)
         counts = rng.poisson(n_counts * expected / expected.sum()).astype(float)
