@@ -8,6 +8,7 @@ two tokens can learn it completely, and its perplexity is summed over all contex
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def markov_settings(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 def markov_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row for each result: its training, its seed and every perplexity."""
-    names = {_key({**_DEFAULTS, **options}): name for name, options in TRAININGS.items()}
+    names = {_key(options): name for name, options in TRAININGS.items()}
     rows = [
         {
             "training": names[_key(r)],
@@ -83,11 +84,11 @@ def _span(values: pd.Series[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-_DEFAULTS = {"noise": "none", "noise_ratio": 0.0, "refresh_every": 300}
-
-
 def _key(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in _DEFAULTS)
+    """The arguments of `markov_study` in which trainings differ."""
+    defaults = inspect.signature(markov_study).parameters
+    varied = sorted({name for training in TRAININGS.values() for name in training})
+    return tuple(options.get(name, defaults[name].default) for name in varied)
 
 
 def markov_study(
