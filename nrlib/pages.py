@@ -15,6 +15,7 @@ from lxml import html
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 _IMAGE_NAME = re.compile(r"\.(png|svg|jpe?g|gif|webp)$|^_?images?/", re.IGNORECASE)
 MAXIMUM_BYTES = 500_000  # of a page, without its images
+_PLACEHOLDER = re.compile(r"[A-Z0-9_-]*[A-Z][A-Z0-9_-]*")  # one token in capitals: to be written later, and forgotten
 _EMBEDDED_IMAGE = re.compile(r"data:image/[^\"')]+")
 _RAW_ROLE = re.compile(r"\{(?:glue|py|eq|ref|numref|cite|doc)[:\w]*\}`")
 
@@ -23,8 +24,8 @@ def check_pages(folder: Path) -> list[str]:
     """Problems of all pages under `folder`, one line each; none for a book that is fit to be read.
 
     Every internal link leads to a file and every anchor to an element; every image of the text has an alternative text
-    that is not its file name; no page loads a script, style sheet or image from another host; no role is left unread, no traceback is shown, and no
-    page is larger than 500 kB without its images.
+    that is neither its file name nor a placeholder; no page loads a script, style sheet or image from another host; no
+    role is left unread, no traceback is shown, and no page is larger than 500 kB without its images.
     """
     pages = {path: html.parse(path).getroot() for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts}
     anchors = {path: _anchors(root) for path, root in pages.items()}
@@ -61,6 +62,8 @@ def _image_problems(root: html.HtmlElement) -> Iterator[str]:
         source, alternative = str(image.get("src", "")), str(image.get("alt", "")).strip()
         if not alternative or alternative == source or _IMAGE_NAME.search(alternative):
             yield f"the image {source[:80]} has no alternative text (cell metadata mystnb.image.alt, or :alt:)"
+        elif _PLACEHOLDER.fullmatch(alternative):
+            yield f"the image {source[:80]} has a placeholder, {alternative}, in place of an alternative text: write it"
 
 
 def _host_problems(root: html.HtmlElement) -> Iterator[str]:

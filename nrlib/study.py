@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import ConfigError, RecordError
-from .machine import describe_device, package_versions
+from .machine import describe_device, package_versions, pick_device
 from .records import check_clean_tree, git_state, is_publishing, write_counts
 from .storage import atomic_path, cache_directory, fingerprint, results_directory
 from .sweep import SweepError, worker_pool
@@ -70,9 +70,11 @@ def run_study(
 
 
 def published_studies(study: Study) -> list[dict[str, Any]]:
-    """All published results of a study, as `run_study` returns them."""
+    """All published results of a study as its code is now, as `run_study` returns them; those of an earlier
+    RESULT_VERSION, or of a study of the same name in another module, are left out."""
     files = sorted((results_directory() / "studies").glob(f"{study.__name__}-s*.json"))
-    return [_flat(_read(path)) for path in files]
+    found = {path.name: _read(path) for path in files}
+    return [_flat(stored) for name, stored in found.items() if name == _file_name(study, stored["arguments"])]
 
 
 def _arguments(study: Study, setting: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _compute_and_store(study: Study, arguments: dict[str, Any], name: str) -> di
         "results": results,
         "provenance": {
             "seconds": round(seconds, 1),
-            "device": describe_device(torch.device("cpu")),
+            "device": describe_device(_device_used()),
             "versions": package_versions(),
             "git_commit": commit,
             "is_dirty": is_dirty or git_state() != (commit, is_dirty),
@@ -130,6 +132,12 @@ def _compute_and_store(study: Study, arguments: dict[str, Any], name: str) -> di
         lines = ",\n".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in stored.items())
         temporary.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
     return stored
+
+
+def _device_used() -> torch.device:
+    """Where this process has put tensors. An accelerator that was only asked for its random state, as
+    `torch.random.fork_rng` does, holds none."""
+    return pick_device() if torch.cuda.max_memory_allocated() > 0 else torch.device("cpu")
 
 
 def _flat(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from nrlib.companions.associative_memory_bigrams import (
     sample,
     with_other_rows,
 )
-from nrlib.companions.associative_memory_birth import birth, birth_settings, by_variant, findings, first_step
+from nrlib.companions.associative_memory_birth import birth, by_variant, findings, first_step
 from nrlib.errors import ConfigError
 from nrlib.storage import project_directory
 from nrlib.study import published_studies
@@ -69,6 +69,8 @@ def test_a_language_is_counted_from_a_text():
     for text in ([], [0, 0, 0]):
         with pytest.raises(ConfigError, match="two tokens or more"):
             count_language(text)
+    with pytest.raises(ConfigError, match="the token -1; allowed are whole numbers from 0"):
+        count_language([0, -1, 2])
 
 
 def test_a_language_keeps_to_its_tokens_and_leads_with_its_triggers():
@@ -338,28 +340,36 @@ def test_the_best_rate_is_that_of_the_lowest_validation_loss():
 # --- the thresholds ---------------------------------------------------------------------------------------------------
 
 
-def check_birth(row):
-    assert row["accuracy"] > 0.95 and row["accuracy_one_layer"] < 0.45
+IN_SMALL = {"n_tokens": 32, "d_model": 64, "context_length": 32}
+
+
+def check_birth(row, accuracy_one_layer=0.45, accuracy_at_50=0.35):
+    assert row["accuracy"] > 0.95 and row["accuracy_one_layer"] < accuracy_one_layer
     assert row["previous_attention"] > 0.5
-    assert row["output_from"] <= row["key_2_from"] < row["key_1_from"] < float("inf")
-    assert row["excess_at_50"] < 0.6 and row["accuracy_at_50"] < 0.35
+    assert row["output_from"] < row["key_2_from"] < row["key_1_from"] < float("inf")
+    assert row["excess_at_50"] < 0.6 and row["accuracy_at_50"] < accuracy_at_50
 
 
-def test_memories_come_in_order_in_a_small_model():
-    found = birth(seed=0, n_steps=80, n_tokens=32, d_model=64, context_length=32)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+def test_memories_come_in_order_in_a_small_model(seed):
+    found = birth(seed=seed, n_steps=80, **IN_SMALL)
     curve = found["curve"]
-    assert first_step(curve, "output_strength", 1) < first_step(curve, "key_1_strength", 1) < float("inf")
-    assert first_step(curve, "key_2_strength", 1) < first_step(curve, "key_1_strength", 1)
+    output, key_2, key_1 = (first_step(curve, f"{name}_strength", 1) for name in ("output", "key_2", "key_1"))
+    assert output < key_2 < key_1 < float("inf")
     assert first_step(curve, "output", 2) == float("inf")
     assert curve["step"] == list(range(0, 81, 5)) and len(found["attentions"]) == 2
 
 
 @pytest.mark.slow
-def test_birth_of_the_memories_one_seed_trained_here():
-    settings = [s for s in birth_settings("laptop", [3]) if s]
-    settings[-1]["n_steps"] = 50  # all tokens: the claim is about step 50
-    rows = [{"n_layers": 2, "loss_on": "in_context", **s, **birth(**s)} for s in settings]
-    check_birth(findings(rows).iloc[0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_birth_of_the_memories_trained_here_in_small(seed):
+    """All claims but the order in right answers, which is not the same at this size."""
+    settings: list[dict[str, object]] = [{}, {"n_layers": 1}, {"loss_on": "all", "n_steps": 50}]  # about step 50
+    rows = [
+        {"seed": seed, "n_layers": 2, "loss_on": "in_context", **s, **birth(seed=seed, **IN_SMALL, **s)}
+        for s in settings
+    ]
+    check_birth(findings(rows).iloc[0], accuracy_one_layer=0.5, accuracy_at_50=0.45)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +385,9 @@ def test_birth_of_the_memories_published(published):
     assert len(found) >= 3
     for _, row in found.iterrows():
         check_birth(row)
+        assert row["key_2_right_from"] < row["output_right_from"] < float("inf")  # the other order, in right answers
     for row in by_variant(births)["two_layers"]:
+        assert first_step(row["curve"], "key_1", 0.75) > found["output_right_from"].max()  # last in both
         assert row["curve"]["output"][-1] == row["curve"]["key_2"][-1] == 1.0
         assert row["curve"]["key_1"][-1] > 0.5 and row["curve"]["previous_attention"][0] < 0.1
 

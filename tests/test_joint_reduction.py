@@ -12,7 +12,7 @@ from nrlib.companions.joint_reduction import (
     count_words,
     learn_vocabulary,
     mean_average_precision,
-    normalise,
+    power_normalise,
     same_object_precision,
     similarities,
 )
@@ -58,7 +58,7 @@ def test_seeds_give_other_partitions_of_the_same_space_and_one_seed_the_same():
 
 def test_roots_keep_their_sign_and_rows_get_length_one():
     by_hand = np.array([[2.0, -1.0, 0.0], [0.0, 0.0, 0.0]]) / np.array([[5**0.5], [1.0]])
-    assert normalise(np.array([[4.0, -1.0, 0.0], [0.0, 0.0, 0.0]])) == pytest.approx(by_hand)
+    assert power_normalise(np.array([[4.0, -1.0, 0.0], [0.0, 0.0, 0.0]])) == pytest.approx(by_hand)
 
 
 def test_whitening_by_hand():
@@ -114,6 +114,7 @@ def test_average_precision_by_hand():
         (lambda: JointReduction(2).fit([draw(9)]), r"The shape \(9,\)"),
         (lambda: JointReduction(2).fit([draw(9, 4)]).transform([draw(9, 5)]), r"sizes \[5\].*fitted to \[4\]"),
         (lambda: JointReduction(2).transform([draw(9, 4)]), "fitted to none yet"),
+        (lambda: count_words(learn_vocabulary(draw(9, 4), 2, 0), []), r"no objects \(0\) to count words in"),
         (lambda: learn_vocabulary(draw(9, 4), 1, 0), "n_words = 1 tells nothing apart"),
         (lambda: learn_vocabulary(draw(9, 4), 10, 0), "n_words = 10 cannot be learnt from 9 descriptors"),
         (lambda: learn_vocabulary(draw(9, 4) / 0.0, 2, 0), "Row 0 of the descriptors"),
@@ -265,8 +266,8 @@ def test_the_mean_that_is_taken_off_is_of_what_it_is_taken_off():
     counts = np.random.default_rng(0).poisson(3.0, size=(80, 6)).astype(float)
     names = ("original", "new", "original, held out", "new, held out")
     index = ParagraphIndex.learn({name: [counts] for name in names}, 4, "none", exponent=0.5)
-    roots = normalise(counts)
-    assert index.vectors([counts], "new") == pytest.approx(normalise(roots - roots.mean(axis=0), 1.0))
+    roots = power_normalise(counts)
+    assert index.vectors([counts], "new") == pytest.approx(power_normalise(roots - roots.mean(axis=0), 1.0))
 
 
 def test_one_search_of_paragraphs_end_to_end():
@@ -326,6 +327,35 @@ def test_on_pictures_joining_helps_and_whitening_does_not(published):
         assert at["min"]["kinds", "pca"] > at["max"]["four", "pca"] - 0.005
         for size in ("one", "four", "kinds"):
             assert at["max"][size, "whitened"] < at["min"][size, "pca"]
+
+
+def test_on_photographs_whitening_helps_joined_vocabularies_at_the_shortest_only(published):
+    table = image_table(published(image_search))
+    by = ["source", "n_dimensions", "size", "seed"]
+    reduced = table[table["reduction"] != "none"].pivot_table(
+        index=by, columns="reduction", values="mean_average_precision"
+    )
+    gain = reduced["whitened"] - reduced["pca"]
+    photographs = gain["photographs"]
+    for joined in ("two", "four", "kinds"):
+        assert (photographs[16, joined] > 0).all()
+    for single in ("one", "large"):
+        assert (photographs[16, single] < 0).all()
+    assert (photographs[32, "four"] < 0).all()
+    assert (photographs.drop(index=[16, 32]) < 0).all() and (gain["digits"] < 0).all()
+
+
+def test_on_pictures_one_large_vocabulary_does_not_replace_four(published):
+    table = image_table(published(image_search))
+    reduced = table[table["reduction"] != "none"].pivot_table(
+        index=["source", "reduction", "n_dimensions", "seed"], columns="size", values="mean_average_precision"
+    )
+    lead = reduced["four"] - reduced["large"]
+    assert (lead["photographs"] > 0.1).all() and (lead["digits", "pca"] > 0.005).all()
+    for source in ("photographs", "digits"):
+        at = reduced.loc[(source, "pca", 64)]
+        assert (at["large"] < at["one"] - 0.01).all()
+    assert (lead["digits", "whitened", 64].abs() < 0.004).all()  # the exception
 
 
 def test_neutral_residues_leave_the_old_languages_vectors_and_help_no_search(published):

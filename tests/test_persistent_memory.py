@@ -287,6 +287,15 @@ def test_a_joint_softmax_takes_from_the_context_what_the_vectors_attract(tiny_mo
     assert not torch.allclose(joint.logits, before, atol=1e-2)
 
 
+def test_a_joint_softmax_has_the_precision_of_its_backbone(tiny_model):
+    exact = JointSoftmax(tiny_model(), 7, -1.5, seed=3)
+    rounded = JointSoftmax(tiny_model().to(torch.bfloat16), 7, -1.5, seed=3)
+    with torch.no_grad():
+        expected, logits = (model(TOKENS).logits for model in (exact, rounded))
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize(("n", "bias"), [(-1, 0.0), (3, 1.0), (3, math.nan), (3, -math.inf)])
 def test_bad_vectors_of_a_joint_softmax(n, bias, tiny_model):
     with pytest.raises(ConfigError, match="0 vectors or more, and a bias of at most 0"):

@@ -119,20 +119,27 @@ def test_codes_are_the_nearest_and_learning_repeats(scheme):
         assert torch.equal(nearest, compressed.codes.long())
 
 
-def test_blocks_lie_along_the_input_or_else_along_the_output():
-    weight = torch.arange(48.0).reshape(6, 8)
-    assert split_blocks(weight, 4)[0].tolist() == [0, 1, 2, 3]
-    assert split_blocks(weight.T, 4)[0].tolist() == [0, 1, 2, 3]  # 6 columns: 4 divides only the 8 rows
-    for shape, size in (((6, 8), 4), ((8, 6), 4), ((5, 3), 1)):
+def test_blocks_lie_along_the_axis_that_was_asked_for():
+    weight = torch.arange(64.0).reshape(8, 8)
+    assert split_blocks(weight, 4)[0].tolist() == split_blocks(weight, 4, "either")[0].tolist() == [0, 1, 2, 3]
+    assert split_blocks(weight, 4, "output")[0].tolist() == [0, 8, 16, 24]
+    assert split_blocks(weight[:, :6], 4, "either")[0].tolist() == [0, 8, 16, 24]  # 4 divides only the 8 rows
+    for shape, size, axis in (((6, 8), 4, "input"), ((8, 6), 4, "output"), ((8, 6), 4, "either"), ((5, 3), 1, "input")):
         weight = torch.randn(shape)
-        assert torch.equal(join_blocks(split_blocks(weight, size), shape), weight)
+        assert torch.equal(join_blocks(split_blocks(weight, size, axis), shape, axis), weight)
+    for axis in ("input", "output"):
+        with pytest.raises(
+            ConfigError, match=f"axis = '{axis}': block_size = 4 does not divide it.*axis = '(in|out)put', which"
+        ):
+            split_blocks(torch.ones((8, 6) if axis == "input" else (6, 8)), 4, axis)
 
 
 @pytest.mark.parametrize(
     ("weight", "scheme", "message"),
     [
-        (torch.ones(6, 10), ProductQuantiser(4, 2), r"the layer has the shape \(6, 10\), and block_size = 4 divides neither"),
-        (torch.ones(6, 10), Proxy(4), "block_size = 4 divides neither side"),
+        (torch.ones(6, 10), ProductQuantiser(4, 2, axis="either"), r"the layer cannot be quantised. The shape \(6, 10\).*another width"),
+        (torch.ones(8, 10), ProductQuantiser(4, 2), "axis = 'input': block_size = 4 does not divide it.*axis = 'output'"),
+        (torch.ones(6, 10), Proxy(4), "block_size = 4 does not divide it"),
         (torch.ones(8, 8), ProductQuantiser(8, 16), "8 blocks of 8 weights, fewer than n_centroids = 16.*at most 8"),
         (torch.full((8, 8), math.nan), IntegerGrid(4), "NaN or infinite"),
         (torch.full((8, 8), math.inf), ProductQuantiser(8, 4), "NaN or infinite"),
@@ -153,6 +160,8 @@ def test_what_cannot_be_quantised_is_named(weight, scheme, message):
         (lambda: IntegerGrid(1), "n_bits = 1"),
         (lambda: IntegerGrid(9), "n_bits = 9"),
         (lambda: ProductQuantiser(0), "block_size = 0"),
+        (lambda: Proxy(0), "block_size = 0"),
+        (lambda: Proxy(8, "rows"), "axis = 'rows' is unknown. Choose one of: input, output, either"),
         (lambda: ProductQuantiser(8, 257), "n_centroids = 257"),
         (lambda: ProductQuantiser(8, 1), "n_centroids = 1 "),
     ],
@@ -242,12 +251,24 @@ def test_noise_under_autocast_chooses_the_same_centroids():
         assert torch.equal(layer.weight, expected)
 
 
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_keeps_the_type_of_a_layer(noise):
+    layer = a_layer().to(torch.bfloat16)
+    weight = layer.weight.detach().float()
+    add_noise({"layer": layer}, noise, 1.0)
+    assert layer.weight.dtype == torch.bfloat16
+    target = torch.zeros_like(weight) if isinstance(noise, Proxy) else compress(weight, noise).weight()
+    assert torch.allclose(layer.weight.float(), target, atol=0.02)
+    layer(torch.ones(3, 16, dtype=torch.bfloat16)).sum().backward()
+    assert layer.parametrizations.weight.original.grad.dtype == torch.bfloat16
+
+
 def test_nothing_is_changed_by_a_mistake():
     fits, does_not = a_layer(), a_layer(6, 10)
     for ratio in (-0.1, 1.5, math.nan):
         with pytest.raises(ConfigError, match="noise_ratio"):
             add_noise({"fits": fits}, IntegerGrid(4), ratio)
-    with pytest.raises(ConfigError, match="does_not has the shape"):
+    with pytest.raises(ConfigError, match="does_not cannot be quantised"):
         add_noise({"fits": fits, "does_not": does_not}, Proxy(8), 0.5)
     assert type(fits) is nn.Linear
     add_noise({"fits": fits}, IntegerGrid(4), 0.5)
@@ -335,7 +356,10 @@ def test_codes_are_packed_without_waste(n_bits):
     assert torch.equal(unpack_bits(packed, n_bits, 101), codes)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, ProductQuantiser(8, 12)])
+@pytest.mark.parametrize(
+    "scheme",
+    [*SCHEMES, ProductQuantiser(8, 12), ProductQuantiser(8, 12, axis="output"), ProductQuantiser(8, 12, axis="either")],
+)
 def test_what_is_loaded_is_what_was_compressed_at_the_size_of_the_formula(scheme, tmp_path):
     tensors = {"a.weight": a_weight(64, 48), "a.bias": torch.randn(64), "a.gate": a_weight(1, 48)}
     compressed = compress_matrices(tensors, scheme)
@@ -431,7 +455,7 @@ def check_thresholds(found):
 # --- the second half: extensions --------------------------------------------------------------------------------------
 
 GRIDS = [IntegerGrid(8), IntegerGrid(4), IntegerGrid(3)]
-EVERY_FORM = [torch.float32, torch.float16, *GRIDS, ProductQuantiser(8, 8)]
+EVERY_FORM = [torch.float32, torch.float16, *GRIDS, ProductQuantiser(8, 8, axis="either")]
 
 
 def extended(tiny_model, is_trained=True, seed=0, gate="relu"):

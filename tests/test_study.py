@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
+import torch
 
+from nrlib import study
 from nrlib.errors import ConfigError, RecordError
-from nrlib.study import run_study
+from nrlib.study import published_studies, run_study
 from nrlib.sweep import SweepError
 
 
@@ -48,6 +51,28 @@ def test_what_the_study_does_not_take_is_refused(folder):
         run_study(count, [{"seed": 0, "m": 1}], progress=False)
     with pytest.raises(ConfigError, match="missing a required"):
         run_study(count, [{}], progress=False)
+
+
+def test_only_results_of_the_study_as_it_is_now_count_as_published(folder, monkeypatch):
+    monkeypatch.setenv("NRLIB_RESULTS", str(folder / "results"))
+    run_study(count, [{"seed": seed, "folder": str(folder)} for seed in (0, 1)], progress=False)
+    (folder / "results").mkdir()
+    (folder / "cache" / "studies").rename(folder / "results" / "studies")
+    assert [row["seed"] for row in published_studies(count)] == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "RESULT_VERSION", 2, raising=False)
+        assert published_studies(count) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(count, "__module__", "nrlib.study")  # one of the same name elsewhere
+        assert published_studies(count) == []
+
+
+def test_the_device_is_that_which_held_tensors(folder, monkeypatch):
+    monkeypatch.setattr(study, "pick_device", lambda: torch.device("meta"))
+    for n_bytes, name in ((0, "cpu"), (8, "meta")):
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda n_bytes=n_bytes: n_bytes)
+        stored = study._compute_and_store(count, {"seed": 0, "folder": str(folder)}, "count-s0-0.json")
+        assert stored["provenance"]["device"].startswith(f"{name}: ")
 
 
 def test_a_damaged_file_is_named(folder):

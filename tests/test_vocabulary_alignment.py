@@ -20,12 +20,12 @@ from nrlib.companions.vocabulary_alignment import (
     RULES,
     fit_map,
     nearest,
-    normalise,
     precision_at_1,
     procrustes,
     rcsls,
     rcsls_loss,
     translate,
+    unit_rows,
 )
 from nrlib.companions.vocabulary_extension import (
     ROWS,
@@ -80,7 +80,7 @@ SEEDS = (0, 1, 2)
 def vocabularies():
     """Two vocabularies of different width with a few known pairs."""
     rng = np.random.default_rng(0)
-    source, target = normalise(rng.normal(size=(60, 6))), normalise(rng.normal(size=(50, 5)))
+    source, target = unit_rows(rng.normal(size=(60, 6))), unit_rows(rng.normal(size=(50, 5)))
     return source, target, np.stack([np.arange(12), np.arange(12)[::-1]], axis=1)
 
 
@@ -141,8 +141,8 @@ def test_a_step_that_does_not_help_leaves_no_trace(vocabularies, monkeypatch):
 
 def test_steps_lower_the_loss_and_the_spectral_map_stays_in_its_hull():
     rng = np.random.default_rng(0)
-    source = normalise(rng.normal(size=(40, 8)))
-    target = normalise(source + 0.2 * rng.normal(size=source.shape))
+    source = unit_rows(rng.normal(size=(40, 8)))
+    target = unit_rows(source + 0.2 * rng.normal(size=source.shape))
     pairs = np.stack([np.arange(20)] * 2, axis=1)
     start = rcsls_loss(procrustes(source, target, pairs), source, target, pairs, 3)[0]
     free = rcsls(source, target, pairs, n_neighbours=3)
@@ -156,11 +156,11 @@ def test_procrustes_finds_a_rotation_and_agrees_with_scipy():
     from scipy.linalg import orthogonal_procrustes
 
     rng = np.random.default_rng(0)
-    source = normalise(rng.normal(size=(30, 4)))
+    source = unit_rows(rng.normal(size=(30, 4)))
     rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     pairs = np.stack([np.arange(10)] * 2, axis=1)
     assert np.allclose(procrustes(source, source @ rotation.T, pairs), rotation)
-    noisy = normalise(source @ rotation.T + 0.3 * rng.normal(size=source.shape))
+    noisy = unit_rows(source @ rotation.T + 0.3 * rng.normal(size=source.shape))
     assert np.allclose(procrustes(source, noisy, pairs), orthogonal_procrustes(source[:10], noisy[:10])[0].T)
 
 
@@ -170,7 +170,7 @@ def test_procrustes_finds_a_rotation_and_agrees_with_scipy():
 def test_csls_is_the_formula(vocabularies):
     source, target, pairs = vocabularies
     mapping, queries = procrustes(source, target, pairs), np.array([3, 40, 7])
-    mapped = normalise(source @ mapping.T)
+    mapped = unit_rows(source @ mapping.T)
     crowding = np.sort(mapped @ target.T, axis=0)[-4:].mean(axis=0)
     expected = 2 * mapped[queries] @ target.T - crowding
     scores, found = translate(mapping, source, target, queries, n_neighbours=4, n_best=5)
@@ -184,8 +184,8 @@ def test_csls_passes_over_a_hub():
     """All words lie around a centre, where another word of the target vocabulary stands: a hub."""
     rng = np.random.default_rng(0)
     centre = np.eye(8)[0]
-    source = normalise(centre + 0.3 * rng.normal(size=(40, 8)))
-    target = np.vstack([normalise(source + 0.2 * rng.normal(size=source.shape)), centre])
+    source = unit_rows(centre + 0.3 * rng.normal(size=(40, 8)))
+    target = np.vstack([unit_rows(source + 0.2 * rng.normal(size=source.shape)), centre])
     queries = np.arange(40)
     found = {rule: translate(np.eye(8), source, target, queries, rule=rule)[1][:, 0] for rule in RULES}
     assert (found["nearest"] == 40).sum() >= 6 and (found["csls"] == 40).sum() <= 3
@@ -258,6 +258,28 @@ def test_vectors_and_pairs_that_cannot_be_used(vocabularies, change, message, na
     options = {"n_neighbours": (k or [3])[0]} if name == "rcsls" else {}
     with pytest.raises(ConfigError, match=message):
         fit_map(name, source, target, pairs, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nearest(_with(np.eye(3), 1, np.nan), np.eye(3), 1), "1 of 3 rows of queries hold NaN or infinity, row 1"),
+        (lambda: nearest(np.eye(3), _with(np.eye(3), 2, np.inf), 1), "1 of 3 rows of vectors hold NaN or infinity, row 2"),
+        (lambda: precision_at_1([], []), r"no words \(0\) to take a share of"),
+        (lambda: static_embeddings(_with(np.ones((4, 4)), (1, 2), np.nan), 2), "1 of 16 counts .* first in row 1"),
+        (lambda: static_embeddings(_with(np.ones((4, 4)), (3, 0), -1.0), 2), "1 of 16 counts .* first in row 3"),
+        (lambda: static_embeddings(np.ones((1, 1)), 1), "those of 1 word; vectors need two words or more"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_used(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_pairs_may_be_a_list(vocabularies):
+    source, target, pairs = vocabularies
+    listed = rcsls(source, target, [tuple(map(int, pair)) for pair in pairs], n_neighbours=3)
+    assert np.array_equal(listed, rcsls(source, target, pairs, n_neighbours=3))
 
 
 def test_unknown_names_list_those_there_are(vocabularies):
@@ -349,9 +371,9 @@ def test_words_of_equal_company_have_equal_vectors():
         for one in group[:2]:
             for other in group[2:]:
                 counts[one, other] = counts[other, one] = 5.0
-    vectors = normalise(static_embeddings(counts, 4, power=0.5))
+    vectors = unit_rows(static_embeddings(counts, 4, power=0.5))
     assert vectors[0] @ vectors[1] == pytest.approx(1.0) and abs(vectors[0] @ vectors[4]) < 1e-6
-    assert np.array_equal(vectors, normalise(static_embeddings(counts, 4, power=0.5)))
+    assert np.array_equal(vectors, unit_rows(static_embeddings(counts, 4, power=0.5)))
     with pytest.raises(ConfigError, match="dimension = 8 for 8 words"):
         static_embeddings(counts, 8)
 
@@ -475,7 +497,7 @@ def test_aligned_rows_lie_where_their_translations_do(aligned):
     assert np.allclose(np.linalg.norm(mapped[:9], axis=1), length)
     mixture = initial_rows("mixture", rows, tokens, **material)
     for result in (mapped, mixture):
-        cosines = normalise(result[:9]) @ normalise(rows).T
+        cosines = unit_rows(result[:9]) @ unit_rows(rows).T
         assert (cosines.argmax(1) == np.arange(9)).all()
         assert np.allclose(result[9], (rows[19] + rows[29]) / 2)  # no vector: the mean of its pieces
     with pytest.raises(ConfigError, match="source and target"):

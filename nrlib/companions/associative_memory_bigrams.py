@@ -130,8 +130,19 @@ def make_language(
 
 def count_language(tokens: Sequence[int] | Tensor, n_triggers: int = 5) -> BigramLanguage:
     """The language of a token sequence of one's own (characters, words): its counted unigrams and bigrams, its most
-    frequent tokens as triggers. Tokens are numbered from 0; the vocabulary ends with the largest number."""
+    frequent tokens as triggers. Tokens are numbered from 0; the vocabulary ends with the largest number.
+
+    Raises
+    ------
+    ConfigError
+        For a negative token, or a text of fewer than two different ones.
+    """
     sequence = torch.as_tensor(tokens, dtype=torch.long).flatten()
+    if (sequence < 0).any():
+        raise ConfigError(
+            f"The text holds the token {int(sequence.min())}; allowed are whole numbers from 0. Number its tokens anew, or "
+            "leave out what stands for none."
+        )
     n = int(sequence.max()) + 1 if len(sequence) else 0
     unigram = torch.bincount(sequence, minlength=n).double() / max(1, len(sequence))
     counts = torch.bincount(sequence[:-1] * n + sequence[1:], minlength=n * n).reshape(n, n).double()
@@ -188,9 +199,8 @@ def sample(
     else:
         triggers = torch.multinomial(language.unigram.expand(n_sequences, -1), n_triggers, generator=generator)
     outputs = torch.multinomial(language.outputs, n_sequences * n_triggers, replacement=True, generator=generator)
-    output_of = torch.full(
-        (n_sequences, language.n_tokens), -1
-    )  # what follows each token in each sequence; -1: the table
+    # What follows each token in each sequence; -1: the table.
+    output_of = torch.full((n_sequences, language.n_tokens), -1)
     output_of.scatter_(1, triggers, outputs.view(n_sequences, n_triggers))
     cumulative = language.bigram.cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]

@@ -89,7 +89,8 @@ def by_variant(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 def findings(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """What the runs of `birth` show, one row a seed: accuracy and attention at the end, the first step at which each memory
-    stands two standard deviations above the rest, and how far the run on all tokens has come by step 50."""
+    stands two standard deviations above the rest (`from`) and the first at which two of them answer more than three
+    quarters of their questions right (`right_from`), and how far the run on all tokens has come by step 50."""
     import pandas as pd
 
     found = []
@@ -102,6 +103,7 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "accuracy_one_layer": one["curve"]["in_context_accuracy"][-1],
                 "previous_attention": curve["previous_attention"][-1],
                 **{f"{name}_from": first_step(curve, f"{name}_strength", 2) for name in ("output", "key_2", "key_1")},
+                **{f"{name}_right_from": first_step(curve, name, 0.75) for name in ("output", "key_2")},
                 "excess_at_50": every["curve"]["bigram_loss"][early] - every["entropy"],
                 "accuracy_at_50": every["curve"]["in_context_accuracy"][early],
             }

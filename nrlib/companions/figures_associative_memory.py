@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..figures import LABELS, MARKERS, METHOD_STYLE, PALETTE, STYLE, Picture
+from .associative_memory_extension import METHODS
 
 Rows = Sequence[Mapping[str, Any]]
 MATRICES = {
@@ -22,7 +23,6 @@ MATRICES = {
     "adapter_1": "adapter of layer 1",
     "adapter_2": "adapter of layer 2",
 }
-_METHODS = ("backbone", "fine_tuning", "vanilla_adapter", "neutral_residues")
 _TEXTS = {"old": "old language", "new": "new language"}
 
 
@@ -90,12 +90,12 @@ def memories(rows: Rows) -> Figure:
         for column, (part, (reading, label)) in enumerate(_READINGS.items()):
             for line, (text, title) in enumerate(_TEXTS.items()):
                 axes = panels[line, column]
-                for place, method in enumerate(_METHODS):
+                for place, method in enumerate(METHODS):
                     values = [row[reading.format(text=text)] for row in rows if row["method"] == method]
                     _points(axes, place, values, method)
                 axes.set_ylim(bottom=0, top=None if part == "feed_forward" else 1.05)
                 axes.set_xticks([])
-                axes.set_xlim(-0.6, len(_METHODS) - 0.4)
+                axes.set_xlim(-0.6, len(METHODS) - 0.4)
                 axes.grid(axis="x", visible=False)
                 if line == 0:
                     axes.annotate(MATRICES[part], (0.5, 1.04), xycoords="axes fraction", ha="center", fontsize=11)
@@ -128,7 +128,7 @@ def _method_legend(figure: Figure, axes: Axes) -> None:
 def put_back(rows: Rows) -> Figure:
     """Loss on each language when one part alone is put back as it was in the backbone: one row a method and part, each
     seed a point, as a difference from the extended model's loss."""
-    lines = [(m, part) for m in _METHODS for row in rows if row["method"] == m for part in row["restored"]]
+    lines = [(m, part) for m in METHODS for row in rows if row["method"] == m for part in row["restored"]]
     lines = list(dict.fromkeys(lines))
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(9, 0.34 * len(lines) + 1.3), layout="constrained")
@@ -158,7 +158,7 @@ def reuse(rows: Rows) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(9.5, 3.8), layout="constrained")
         axes = figure.subplots()
-        for offset, method in zip((-0.3, -0.1, 0.1, 0.3), _METHODS, strict=True):
+        for offset, method in zip((-0.3, -0.1, 0.1, 0.3), METHODS, strict=True):
             color, marker = METHOD_STYLE.get(method, ("black", "_"))
             found = [row["reuse"] for row in rows if row["method"] == method]
             x = [

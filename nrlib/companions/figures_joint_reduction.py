@@ -17,7 +17,7 @@ _SOURCES = {"synthetic": "artificial images", "photographs": "pieces of photogra
 
 def precision_by_dimensions(rows: pd.DataFrame, reductions: tuple[str, ...] = ("whitened", "pca")) -> Figure:
     """mAP over the number of dimensions kept, one panel a source, one line a set of vocabularies, each seed a point; what
-    there was before the reduction as a short line at the right edge. Whitened vectors solid, PCA alone dashed."""
+    there was before the reduction as a short line at the right edge. Whitened vectors solid, PCA alone dotted."""
     sources = [source for source in _SOURCES if source in set(rows["source"])]
     names = list(rows["vocabularies"].drop_duplicates())
     with mpl.rc_context(STYLE):
@@ -62,7 +62,7 @@ def searches_by_model(rows: pd.DataFrame) -> Figure:
         "new": "second half, new",
         "original": "second half, original",
     }
-    methods = [method for method in ("neutral_residues", "fine_tuning") if method in set(rows["method"])]
+    methods = [method for method in METHOD_STYLE if method in set(rows["method"])]
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(9.2, 3.8), layout="constrained")
         for ax, (search, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

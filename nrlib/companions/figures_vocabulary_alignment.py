@@ -8,7 +8,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..figures import MARKERS, PALETTE, STYLE, Picture, _percent
+from ..figures import MARKERS, PALETTE, PERCENT, STYLE, Picture
 from .vocabulary_alignment import MAPS, RULES
 from .vocabulary_extension import ROWS
 
@@ -40,7 +40,7 @@ def precision(table: pd.DataFrame) -> Figure:
             ax.set_xlabel("right first translation")
             ax.annotate(LABELS.get(pair, f"English to {pair}"), (0.02, 1.02), xycoords="axes fraction", fontsize=10)
             ax.margins(x=0.15, y=0.1)
-            _percent(ax, x=True)
+            ax.xaxis.set_major_formatter(PERCENT)
         axes[0].set_yticks(range(len(MAPS)), [LABELS[name] for name in MAPS])
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
@@ -86,7 +86,7 @@ def theft(table: pd.DataFrame) -> Figure:
                 )  # fmt: skip
             ax.axvline(0, color="black", linewidth=0.8)
             ax.set_xlabel(f"forgetting {words} (left is better)")
-            _percent(ax, x=True)
+            ax.xaxis.set_major_formatter(PERCENT)
         axes[0].set_yticks(range(len(shown)), [LABELS[name] for name in shown])
         figure.legend(
             *axes[0].get_legend_handles_labels(), title="old text predicted with", loc="outside upper center", ncols=2,

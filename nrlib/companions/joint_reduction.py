@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SAMPLES_PER_WORD = 64  # of the descriptors that a vocabulary is learnt from: more changes little
-MIN_VARIANCE_RATIO = (
-    1e-10  # of the first direction's variance; whitening a direction below it would blow up rounding errors
-)
+# Of the first direction's variance; whitening a direction below it would blow up rounding errors.
+MIN_VARIANCE_RATIO = 1e-10
 
 
 def learn_vocabulary(descriptors: Array, n_words: int, seed: int) -> KMeans:
@@ -62,7 +61,15 @@ def learn_vocabulary(descriptors: Array, n_words: int, seed: int) -> KMeans:
 
 
 def count_words(vocabulary: KMeans, objects: Sequence[Array] | Array) -> Array:
-    """Histograms (N, n_words): how often each word occurs among the descriptors (n_i, d) of each object."""
+    """Histograms (N, n_words): how often each word occurs among the descriptors (n_i, d) of each object.
+
+    Raises
+    ------
+    ConfigError
+        When there is no object.
+    """
+    if not len(objects):
+        raise ConfigError("There are no objects (0) to count words in. Give at least one array (n, d) of descriptors.")
     words = vocabulary.predict(np.concatenate(objects))
     owners = np.repeat(np.arange(len(objects)), [len(descriptors) for descriptors in objects])
     histograms = np.zeros((len(objects), vocabulary.n_clusters), dtype=np.float32)
@@ -70,7 +77,7 @@ def count_words(vocabulary: KMeans, objects: Sequence[Array] | Array) -> Array:
     return histograms
 
 
-def normalise(vectors: Array, exponent: float = 0.5) -> Array:
+def power_normalise(vectors: Array, exponent: float = 0.5) -> Array:
     """Each entry to the power `exponent`, its sign kept, then each row to length 1 (a row of zeros stays).
 
     The square root lets a word that is repeated within one object count for less than its repetitions.
@@ -119,9 +126,8 @@ class JointReduction:
                 f"n_dimensions = {self.n_dimensions} is not allowed: the measurements have {width} entries between them, and "
                 f"a reduction keeps between 1 and {width}. Reduce to fewer dimensions, or add a measurement."
             )
-        solver = (
-            "covariance_eigh" if width <= n_objects else "full"
-        )  # exact: the solver that draws blurs small variances
+        # Both are exact: the solver that draws blurs small variances.
+        solver = "covariance_eigh" if width <= n_objects else "full"
         self._pca = PCA(self.n_dimensions, whiten=self.is_whitened, svd_solver=solver).fit(joined)
         variances = self._pca.explained_variance_
         n_found = int((variances > MIN_VARIANCE_RATIO * variances[0]).sum())
@@ -148,7 +154,7 @@ class JointReduction:
                 f"The measurements have the sizes {widths}, but the reduction was fitted to {self._widths or 'none yet'}. "
                 "Give the same measurements in the same order, made with the same vocabularies."
             )
-        return normalise(self._pca.transform(joined), exponent=1.0)
+        return power_normalise(self._pca.transform(joined), exponent=1.0)
 
 
 def mean_average_precision(

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import ConfigError
-from .joint_reduction import Array, JointReduction, count_words, learn_vocabulary, normalise, same_object_precision
+from .joint_reduction import (
+    Array,
+    JointReduction,
+    count_words,
+    learn_vocabulary,
+    power_normalise,
+    same_object_precision,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +68,7 @@ def image_search(
     for name, keys in joined.items():
         held_out, searched = ([measured[key][side] for key in keys] for side in (0, 1))
         width = sum(n for _, n, _ in keys)
-        reduced = {("none", width): normalise(np.hstack(searched), 1.0)}
+        reduced = {("none", width): power_normalise(np.hstack(searched), 1.0)}
         for n in n_dimensions:
             reduced["pca", n] = JointReduction(n, is_whitened=False).fit(held_out).transform(searched)
             reduced["whitened", n] = JointReduction(n).fit(held_out).transform(searched)
@@ -101,7 +108,7 @@ def _measure(images: ImageSet, kind: str, n_words: int, index: int, seed: int) -
     """Normalised histograms of the held-out and of the searched images by one vocabulary."""
     held_out, searched = images.held_out[kind], images.searched[kind]
     vocabulary = learn_vocabulary(held_out.reshape(-1, held_out.shape[-1]), n_words, 100 * seed + index)
-    return normalise(count_words(vocabulary, held_out)), normalise(count_words(vocabulary, searched))
+    return power_normalise(count_words(vocabulary, held_out)), power_normalise(count_words(vocabulary, searched))
 
 
 # --- an artificial set ------------------------------------------------------------------------------------------------
@@ -202,9 +209,8 @@ def _by_kind(
         if not is_contrast:
             return flat
         flat = flat - flat.mean(axis=-1, keepdims=True)  # brightness goes, contrast too
-        return np.asarray(
-            flat / (np.linalg.norm(flat, axis=-1, keepdims=True) + 20)
-        )  # where there is none, noise stays small
+        contrast = np.linalg.norm(flat, axis=-1, keepdims=True)
+        return np.asarray(flat / (contrast + 20))  # where there is none, noise stays small
 
     pca = PCA(sizes[0] * 2, svd_solver="covariance_eigh")
     pca.fit(patches(held_out, sizes[0]).reshape(-1, sizes[0] ** 2))

@@ -16,7 +16,7 @@ from ..experiments import arm
 from ..profiles import ALL_METHODS
 from ..runs import extend
 from ..texts import prepare_text
-from .joint_reduction import Array, JointReduction, normalise, similarities
+from .joint_reduction import Array, JointReduction, power_normalise, similarities
 from .joint_reduction_text import encode, mean_states, parallel_paragraphs, token_histogram
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class ParagraphIndex:
         """Learn from the held-out texts of both languages."""
         held_out = {language: measured[f"{language}, held out"] for language in LANGUAGES}
         if exponent != 1:
-            held_out = {name: [normalise(m, exponent) for m in found] for name, found in held_out.items()}
+            held_out = {name: [power_normalise(m, exponent) for m in found] for name, found in held_out.items()}
         centres = {name: [m.mean(axis=0) for m in found] for name, found in held_out.items()} if is_centred else None
         index = cls(centres, None, exponent)
         if reduction == "none":
@@ -120,14 +120,16 @@ class ParagraphIndex:
     def vectors(self, measurements: Sequence[Array], language: str) -> Array:
         """Vectors (N, D') of length 1 of texts in `language`."""
         if self.exponent != 1:
-            measurements = [normalise(m, self.exponent) for m in measurements]
+            measurements = [power_normalise(m, self.exponent) for m in measurements]
         prepared = self._centre(measurements, language)
-        return normalise(np.hstack(prepared), 1.0) if self.reduction is None else self.reduction.transform(prepared)
+        return (
+            power_normalise(np.hstack(prepared), 1.0) if self.reduction is None else self.reduction.transform(prepared)
+        )
 
     def _centre(self, measurements: Sequence[Array], language: str) -> list[Array]:
         if self.centres is not None:
             measurements = [m - centre for m, centre in zip(measurements, self.centres[language], strict=True)]
-        return [normalise(m, 1.0) for m in measurements]
+        return [power_normalise(m, 1.0) for m in measurements]
 
 
 def reciprocal_ranks(queries: Array, database: Array) -> Array:

@@ -115,7 +115,8 @@ class AllAttention(nn.Module):
         if n_tokens > span:
             raise ConfigError(f"{n_tokens} tokens are more than the span of {span}. Give shorter sequences.")
         q, k = self._heads(self.query(x)), self._heads(self.key(x))
-        distance = torch.arange(n_tokens)[:, None] - torch.arange(n_tokens)  # t - s
+        places = torch.arange(n_tokens, device=x.device)
+        distance = places[:, None] - places  # t - s
         by_distance = q @ self.positions  # (B, heads, T, span)
         position = by_distance.gather(-1, distance.clamp(min=0).expand(*q.shape[:2], -1, -1))
         context = (q @ k.mT + position).masked_fill(distance < 0, -math.inf) / self.d_head**0.5

@@ -60,7 +60,7 @@ class JointSoftmax(nn.Module):
         d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         generator = torch.Generator().manual_seed(seed)
         keys = torch.randn(config.num_hidden_layers, 1, n_heads, n_vectors, d_head, generator=generator)
-        self.register_buffer("keys", keys.to(backbone.device))
+        self.register_buffer("keys", keys.to(backbone.device, backbone.dtype))
 
     def forward(self, input_ids: Tensor, use_cache: bool = False, **options: Any) -> Any:
         """The backbone's output for tokens (B, T); nothing is cached, whatever `use_cache` says."""
@@ -71,8 +71,9 @@ class JointSoftmax(nn.Module):
         for layer, keys in enumerate(self.keys):  # type: ignore[arg-type]
             expanded = keys.expand(n_sequences, -1, -1, -1)
             cache.update(expanded, torch.zeros_like(expanded), layer)
-        future = torch.full((n_tokens, n_tokens), -math.inf, device=input_ids.device).triu(1)
-        vectors = torch.full((n_tokens, self.n_vectors), self.logit_bias, device=input_ids.device)
+        like: Any = {"device": input_ids.device, "dtype": self.keys.dtype}
+        future = torch.full((n_tokens, n_tokens), -math.inf, **like).triu(1)
+        vectors = torch.full((n_tokens, self.n_vectors), self.logit_bias, **like)
         mask = torch.cat([vectors, future], dim=1).expand(n_sequences, 1, -1, -1)
         positions = torch.arange(n_tokens, device=input_ids.device)[None]
         return self.backbone(

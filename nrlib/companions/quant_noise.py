@@ -69,13 +69,14 @@ class QuantNoise(nn.Module):
     @torch.no_grad()
     def change(self, weight: Tensor) -> Tensor:
         """What the noise adds to the weight (O, I) this time: φ(block) − block in the random share, else 0."""
-        blocks = split_blocks(weight, self.noise.block_size)
+        blocks = split_blocks(weight, self.noise.block_size, self.noise.axis)
         device = weight.device if self.generator is None else self.generator.device
         draws = torch.rand(len(blocks), generator=self.generator, device=device)
         is_noised = (draws < self.noise_ratio).to(weight.device)
         with torch.autocast(weight.device.type, enabled=False):  # distances in bfloat16 would choose other centroids
             quantised = self.noise.quantise_blocks(weight, is_noised, self.table)
-        return join_blocks(torch.where(is_noised[:, None], quantised - blocks, 0), weight.shape)
+        change = torch.where(is_noised[:, None], quantised.to(blocks) - blocks, 0)
+        return join_blocks(change, weight.shape, self.noise.axis)
 
 
 def add_noise(
@@ -153,7 +154,8 @@ class TrainableCodebook(nn.Module):
         self.register_buffer("codes", compressed.codes.long())
 
     def forward(self, codebook: Tensor) -> Tensor:
-        return join_blocks(_LookUp.apply(codebook, self.codes), self.compressed.shape)
+        blocks = _LookUp.apply(codebook, self.codes)
+        return join_blocks(blocks, self.compressed.shape, self.compressed.scheme.axis)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The codebook in place of the weight."""

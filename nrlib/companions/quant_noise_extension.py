@@ -47,6 +47,7 @@ MEASURED = ("unseen_original", "new")
 # What the chapter compares: half of the weights on a grid, as in the paper, or a tenth of the codebook's blocks.
 TRAININGS: dict[str, dict[str, Any]] = {
     "none": {},
+    "int4": {"noise": "int4", "noise_ratio": 0.5},
     "int3": {"noise": "int3", "noise_ratio": 0.5},
     "pq": {"noise": "pq", "noise_ratio": 0.1},
 }
@@ -82,7 +83,7 @@ def extension_study(
     quantiser = codebook_for(linears)
     hooks = Hooks()
     if noise != "none":
-        kinds: dict[str, Any] = {**GRIDS, "pq": quantiser, "proxy": Proxy(BLOCK_SIZE)}
+        kinds: dict[str, Any] = {**GRIDS, "pq": quantiser, "proxy": Proxy(BLOCK_SIZE, "either")}
         add_noise(linears, kinds[noise], noise_ratio, torch.Generator().manual_seed(seed))
         hooks = Hooks(log=_refreshes(linears, make_batches(config, text).n_steps))
     _train(model, config, text, hooks)
@@ -105,7 +106,8 @@ def codebook_for(linears: Mapping[str, nn.Linear]) -> ProductQuantiser:
     """As many centroids, a power of two up to 256, as leave `BLOCKS_PER_CENTROID` blocks for each in the smallest layer."""
     n_blocks = min(linear.weight.numel() for linear in linears.values()) // BLOCK_SIZE
     n_bits = min(8, max(1, (n_blocks // BLOCKS_PER_CENTROID).bit_length() - 1))
-    return ProductQuantiser(BLOCK_SIZE, 2**n_bits)
+    # W_o reads the adapter's width, which need not be a multiple of the block size; its output, D, is one.
+    return ProductQuantiser(BLOCK_SIZE, 2**n_bits, axis="either")
 
 
 def adapter_matrices(model: nn.Module) -> dict[str, nn.Linear]:

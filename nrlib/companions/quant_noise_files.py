@@ -54,7 +54,7 @@ def save_compressed(tensors: Mapping[str, Tensor | Compressed], path: Path | str
             stored[name] = tensor.detach().contiguous()
             continue
         kind = next(kind for kind, of_type in _KINDS.items() if isinstance(tensor.scheme, of_type))
-        described[name] = {"kind": kind, "shape": list(tensor.shape), **asdict(tensor.scheme)}
+        described[name] = {"kind": kind, "shape": list(tensor.shape), **_options(tensor.scheme)}
         stored[f"{name}.codes"] = pack_bits(tensor.codes, tensor.scheme.n_bits)
         stored[f"{name}.table"] = tensor.table.contiguous()
     metadata = {"format": FORMAT, "weights": json.dumps(described, separators=(",", ":"))}
@@ -90,8 +90,15 @@ def load_compressed(path: Path | str) -> dict[str, Tensor]:
     return tensors | {name: tensor.float() for name, tensor in stored.items()}
 
 
+def _options(scheme: Scheme) -> dict[str, Any]:
+    """What a file says of a scheme; without the axis where the shape tells it."""
+    return {key: value for key, value in asdict(scheme).items() if (key, value) != ("axis", "either")}
+
+
 def _decompress(name: str, stored: dict[str, Tensor], how: dict[str, Any]) -> Tensor:
     options = {key: value for key, value in how.items() if key not in ("kind", "shape")}
+    if how["kind"] == "product_quantiser":
+        options.setdefault("axis", "either")
     scheme: Scheme = _KINDS[how["kind"]](**options)
     n_codes = int(np.prod(how["shape"])) // scheme.block_size
     codes = unpack_bits(stored.pop(f"{name}.codes"), scheme.n_bits, n_codes)

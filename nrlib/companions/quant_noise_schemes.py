@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 
 LARGEST_CODEBOOK = 256  # an index then fits a byte
+AXES = ("input", "output", "either")  # of a layer; either: the input where the block size divides it, else the output
 _BLOCKS_AT_A_TIME = 1 << 15  # distances to 256 centroids: 32 MB
 
 
@@ -36,6 +37,7 @@ class IntegerGrid:
     n_bits: int = 8
     per_row: bool = True
     block_size: ClassVar[int] = 1  # the blocks of the noise
+    axis: ClassVar[str] = "input"
 
     def __post_init__(self) -> None:
         if not 2 <= self.n_bits <= 8:
@@ -72,23 +74,21 @@ class IntegerGrid:
 class ProductQuantiser:
     """Blocks of weights, each replaced by the nearest of a few centroids; one codebook for each weight.
 
-    Blocks lie along the input of the layer as in the paper, or along its output where only that is a multiple of the
-    block size.
-
     Parameters
     ----------
     block_size : weights of a block.
     n_centroids : K, entries of the codebook, 2 to 256.
     n_iterations : rounds of k-means.
+    axis : along which side of the layer blocks lie, one of `AXES`; the input as in the paper.
     """
 
     block_size: int = 8
     n_centroids: int = LARGEST_CODEBOOK
     n_iterations: int = 20
+    axis: str = "input"
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ConfigError(f"block_size = {self.block_size} is out of range: a block has one weight or more.")
+        _check_blocks(self.block_size, self.axis)
         if not 2 <= self.n_centroids <= LARGEST_CODEBOOK:
             raise ConfigError(
                 f"n_centroids = {self.n_centroids} is out of range: a codebook has 2 to {LARGEST_CODEBOOK} centroids."
@@ -104,7 +104,7 @@ class ProductQuantiser:
         an empty cluster from a big one."""
         import faiss
 
-        blocks = split_blocks(weight, self.block_size).float().cpu().numpy()
+        blocks = split_blocks(weight, self.block_size, self.axis).float().cpu().numpy()
         kmeans = faiss.Kmeans(
             self.block_size, self.n_centroids, niter=self.n_iterations, seed=0, min_points_per_centroid=1,
             max_points_per_centroid=1 + len(blocks) // self.n_centroids,  # all blocks, not a sample
@@ -114,26 +114,31 @@ class ProductQuantiser:
 
     def encode(self, weight: Tensor, table: Tensor) -> Tensor:
         """Indices (n_blocks,) of the nearest centroids."""
-        return _nearest(split_blocks(weight, self.block_size), table)
+        return _nearest(split_blocks(weight, self.block_size, self.axis), table)
 
     def decode(self, codes: Tensor, table: Tensor, shape: Sequence[int]) -> Tensor:
         """Weight (O, I), float32."""
-        return join_blocks(table.float()[codes.long()], shape)
+        return join_blocks(table.float()[codes.long()], shape, self.axis)
 
     def quantise_blocks(self, weight: Tensor, is_chosen: Tensor, table: Tensor | None) -> Tensor:
         """Blocks (n_blocks, block_size), the chosen ones as they become under a codebook that was learnt earlier."""
         if table is None:
             raise ValueError("a product quantiser needs the codebook that learn() returns")
-        blocks = split_blocks(weight, self.block_size).clone()
+        blocks = split_blocks(weight, self.block_size, self.axis).clone()
         blocks[is_chosen] = table.to(blocks)[_nearest(blocks[is_chosen], table).long()]
         return blocks
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """Blocks become 0: noise for training that needs no codebook. What is left is not scaled up."""
+    """Blocks become 0: noise for training that needs no codebook. What is left is not scaled up. Options as those of
+    `ProductQuantiser`."""
 
     block_size: int = 8
+    axis: str = "input"
+
+    def __post_init__(self) -> None:
+        _check_blocks(self.block_size, self.axis)
 
     def quantise_blocks(self, weight: Tensor, is_chosen: Tensor, table: Tensor | None) -> Tensor:
         """Zeros (n_blocks, block_size)."""
@@ -180,17 +185,37 @@ def bits_per_weight(scheme: Scheme, shape: Sequence[int]) -> float:
     return scheme.n_bits / scheme.block_size + 16 * scheme.n_centroids * scheme.block_size / n_weights
 
 
-def split_blocks(weight: Tensor, block_size: int) -> Tensor:
+def split_blocks(weight: Tensor, block_size: int, axis: str = "input") -> Tensor:
     """Blocks (n_blocks, block_size) of a weight (O, I)."""
-    along_input = weight.shape[1] % block_size == 0
+    along_input = _is_along_input(weight.shape, block_size, axis)
     return (weight if along_input else weight.T).reshape(-1, block_size)
 
 
-def join_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+def join_blocks(blocks: Tensor, shape: Sequence[int], axis: str = "input") -> Tensor:
     """The inverse of `split_blocks`."""
     n_rows, n_columns = shape
-    along_input = n_columns % blocks.shape[1] == 0
+    along_input = _is_along_input(shape, blocks.shape[1], axis)
     return blocks.reshape(n_rows, n_columns) if along_input else blocks.reshape(n_columns, n_rows).T
+
+
+def _is_along_input(shape: Sequence[int], block_size: int, axis: str) -> bool:
+    """Whether blocks lie along the input of a weight (O, I); `ConfigError` where they do not fit the side asked for."""
+    fits = {"output": shape[0] % block_size == 0, "input": shape[1] % block_size == 0}
+    if not (any(fits.values()) if axis == "either" else fits[axis]):
+        fitting = [side for side, is_fit in fits.items() if is_fit]
+        raise ConfigError(
+            f"The shape {tuple(shape)}, (output, input), cannot be cut into blocks along axis = {axis!r}: block_size = "
+            f"{block_size} does not divide it. Choose a block size that does, or "
+            + (f"axis = {fitting[0]!r}, which it divides." if fitting else "another width of the layer.")
+        )
+    return fits["input"] if axis == "either" else axis == "input"
+
+
+def _check_blocks(block_size: int, axis: str) -> None:
+    if block_size < 1:
+        raise ConfigError(f"block_size = {block_size} is out of range: a block has one weight or more.")
+    if axis not in AXES:
+        raise ConfigError(f"axis = {axis!r} is unknown. Choose one of: {', '.join(AXES)}.")
 
 
 def check_weight(name: str, weight: Tensor, scheme: Scheme | Proxy) -> None:
@@ -200,11 +225,10 @@ def check_weight(name: str, weight: Tensor, scheme: Scheme | Proxy) -> None:
         raise ConfigError(f"{name} has the shape {tuple(weight.shape)}; only matrices (O, I) are quantised.")
     if not weight.isfinite().all():
         raise ConfigError(f"{name} holds NaN or infinite values, which no grid and no codebook has. Train it again.")
-    if weight.shape[0] % size and weight.shape[1] % size:
-        raise ConfigError(
-            f"{name} has the shape {tuple(weight.shape)}, and block_size = {size} divides neither side. Choose a block "
-            "size that divides one of them, or another width of the layer."
-        )
+    try:
+        _is_along_input(weight.shape, size, scheme.axis)
+    except ConfigError as error:
+        raise ConfigError(f"{name} cannot be quantised. {error}") from error
     n_blocks = weight.numel() // size
     if isinstance(scheme, ProductQuantiser) and n_blocks < scheme.n_centroids:
         raise ConfigError(

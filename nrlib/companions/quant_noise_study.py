@@ -8,6 +8,7 @@ two tokens can learn it completely, and its perplexity is summed over all contex
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ NOISES: dict[str, Any] = {**SCHEMES, "proxy": Proxy(8)}
 # What the chapter compares: its name, and the arguments of `markov_study`.
 TRAININGS: dict[str, dict[str, Any]] = {
     "without noise": {},
+    "4-bit noise on half": {"noise": "int4", "noise_ratio": 0.5},
+    "4-bit noise on all": {"noise": "int4", "noise_ratio": 1.0},
     "3-bit noise on half": {"noise": "int3", "noise_ratio": 0.5},
     "3-bit noise on all": {"noise": "int3", "noise_ratio": 1.0},
     "zeros in a fifth": {"noise": "proxy", "noise_ratio": 0.2},
@@ -54,7 +57,7 @@ def markov_settings(profile: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 def markov_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row for each result: its training, its seed and every perplexity."""
-    names = {_key({**_DEFAULTS, **options}): name for name, options in TRAININGS.items()}
+    names = {_key(options): name for name, options in TRAININGS.items()}
     rows = [
         {
             "training": names[_key(r)],
@@ -81,11 +84,11 @@ def _span(values: pd.Series[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-_DEFAULTS = {"noise": "none", "noise_ratio": 0.0, "refresh_every": 300}
-
-
 def _key(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in _DEFAULTS)
+    """The arguments of `markov_study` in which trainings differ."""
+    defaults = inspect.signature(markov_study).parameters
+    varied = sorted({name for training in TRAININGS.values() for name in training})
+    return tuple(options.get(name, defaults[name].default) for name in varied)
 
 
 def markov_study(

@@ -28,7 +28,7 @@ MIN_LEARNING_RATE = 1e-4
 Pairs = NDArray[np.int64]
 
 
-def normalise(vectors: Vectors, name: str = "vectors") -> Vectors:
+def unit_rows(vectors: Vectors, name: str = "vectors") -> Vectors:
     """The rows of `vectors` (V, D) at length 1, in a new array.
 
     Raises
@@ -95,7 +95,7 @@ def rcsls(
     ConfigError
         For vectors or pairs that cannot be used, or fewer than k words on a side.
     """
-    source, target = normalise(source, "source"), normalise(target, "target")
+    source, target, pairs = unit_rows(source, "source"), unit_rows(target, "target"), np.asarray(pairs)
     mapping = procrustes(source, target, pairs)
     loss, gradient = rcsls_loss(mapping, source, target, pairs, n_neighbours)
     for _ in range(n_iterations):
@@ -125,9 +125,8 @@ def rcsls_loss(
     near_y = target[nearest(x @ mapping.T, target, n_neighbours)[1]].mean(axis=1)  # (n, D_y)
     near_x = source[nearest(y, mapped, n_neighbours)[1]].mean(axis=1)  # (n, D_x)
     gradient = (-2 * y.T @ x + near_y.T @ x + y.T @ near_x) / len(pairs)
-    return float(
-        (gradient * mapping).sum()
-    ), gradient  # linear in W where the neighbours are fixed: loss = <gradient, W>
+    # Linear in W where the neighbours are fixed: loss = <gradient, W>.
+    return float((gradient * mapping).sum()), gradient
 
 
 def fit_map(name: str, source: Vectors, target: Vectors, pairs: Pairs, **options: Any) -> Vectors:
@@ -140,7 +139,7 @@ def fit_map(name: str, source: Vectors, target: Vectors, pairs: Pairs, **options
 
 
 def _paired(source: Vectors, target: Vectors, pairs: Pairs) -> tuple[Vectors, Vectors]:
-    source, target, pairs = normalise(source, "source"), normalise(target, "target"), np.asarray(pairs)
+    source, target, pairs = unit_rows(source, "source"), unit_rows(target, "target"), np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or (pairs < 0).any() or (pairs >= [len(source), len(target)]).any():
         raise ConfigError(
             f"pairs has the shape {pairs.shape}; it must be (n, 2): indices of a source row, below {len(source)}, and of "
@@ -169,9 +168,17 @@ def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[Vectors, Pairs]
     Raises
     ------
     ConfigError
-        When there are fewer than k rows.
+        When there are fewer than k rows, or a value is NaN or infinite.
     """
     import faiss
+
+    for name, values in (("queries", queries), ("vectors", vectors)):
+        is_bad = ~np.isfinite(values).all(axis=1)
+        if is_bad.any():
+            raise ConfigError(
+                f"{is_bad.sum()} of {len(values)} rows of {name} hold NaN or infinity, row {is_bad.argmax()} the first: nothing "
+                "is near them. Leave these rows out."
+            )
 
     if not 1 <= k <= len(vectors):
         raise ConfigError(
@@ -202,8 +209,8 @@ def translate(
     if rule not in RULES:
         raise ConfigError(f"rule = {rule!r} is unknown. Allowed: {', '.join(RULES)}.")
     mapped, target = (
-        normalise(normalise(source, "source") @ mapping.T, "the mapped source"),
-        normalise(target, "target"),
+        unit_rows(unit_rows(source, "source") @ mapping.T, "the mapped source"),
+        unit_rows(target, "target"),
     )
     if rule == "nearest":
         return nearest(mapped[queries], target, n_best)
@@ -214,20 +221,33 @@ def translate(
 
 
 def precision_at_1(found: Iterable[int], answers: Iterable[Iterable[int]]) -> float:
-    """The share of words whose first candidate is among the right ones."""
+    """The share of words whose first candidate is among the right ones.
+
+    Raises
+    ------
+    ConfigError
+        When there is no word.
+    """
     hits = [int(best) in set(right) for best, right in zip(found, answers, strict=True)]
+    if not hits:
+        raise ConfigError("There are no words (0) to take a share of. Give at least one word with its translations.")
     return sum(hits) / len(hits)
 
 
 def compare_maps(
-    source: Vectors, target: Vectors, pairs: Pairs, test: Mapping[int, Iterable[int]], **options: Any
+    source: Vectors,
+    target: Vectors,
+    pairs: Pairs,
+    test: Mapping[int, Iterable[int]],
+    learning_rates: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Precision at 1 on `test` (source index: right target indices) of every map under both rules."""
+    """Precision at 1 on `test` (source index: right target indices) of every map under both rules; `learning_rates` by
+    map, those of `rcsls` where none is given."""
     queries = np.array(list(test))
-    k = options.get("n_neighbours", 10)
     result: dict[str, dict[str, float]] = {}
     for name in MAPS:
+        options = {"learning_rate": learning_rates[name]} if learning_rates and name in learning_rates else {}
         mapping = fit_map(name, source, target, pairs, **options)
-        best = {r: translate(mapping, source, target, queries, rule=r, n_neighbours=k)[1][:, 0] for r in RULES}
+        best = {r: translate(mapping, source, target, queries, rule=r)[1][:, 0] for r in RULES}
         result[name] = {rule: round(precision_at_1(best[rule], test.values()), 4) for rule in RULES}
     return result

@@ -65,7 +65,7 @@ def new_rows(
     is_extended = initialisation != "none"
     text = material.text if is_extended else own_text
     backbone = get_backbone(config, own_text, progress=False)
-    own_rows = backbone.get_input_embeddings().weight.detach().double().numpy()
+    own_rows = backbone.get_input_embeddings().weight.detach().cpu().double().numpy()
     model: Any = apply_method(backbone, config.method, seed)
     result: dict[str, Any] = {"n_extra_rows": 0}
     if is_extended:
@@ -110,7 +110,7 @@ def _library_rows(name: str, profile: str, n_new_tokens: int) -> NDArray[np.floa
     material, old_text = prepare_material(profile, n_new_tokens), profile_text(profile)
     config = arm(profile, "neutral_residues")
     backbone = get_backbone(config, old_text, progress=False)
-    rows = backbone.get_input_embeddings().weight.detach().double().numpy()
+    rows = backbone.get_input_embeddings().weight.detach().cpu().double().numpy()
     new_texts = list(split_texts(material.text.new.tokens, material.tokens.tokenizer))
     original_texts = list(split_texts(old_text.pretraining.tokens, old_text.tokenizer))
     return library_rows(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackboneError, ConfigError, CorpusError
-from .vocabulary_alignment import normalise, rcsls, translate
+from .vocabulary_alignment import rcsls, translate, unit_rows
 from .vocabulary_words import GAP, Lexicon, Vectors, co_occurrences, static_embeddings
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def initial_rows(
     if name == "mapped":
         mapping = rcsls(source.vectors, old_rows, known)
         length = np.linalg.norm(rows, axis=1).mean()
-        result[new[:, 0]] = length * normalise(normalise(source.vectors)[new[:, 1]] @ mapping.T)
+        result[new[:, 0]] = length * unit_rows(unit_rows(source.vectors)[new[:, 1]] @ mapping.T)
     else:
         mapping = rcsls(source.vectors, target.vectors, known)
         scores, found = translate(mapping, source.vectors, target.vectors, new[:, 1], n_best=10)

@@ -92,13 +92,21 @@ def static_embeddings(counts: Any, dimension: int, *, smoothing: float = 0.75, p
     Raises
     ------
     ConfigError
-        When there are not more words than dimensions.
+        For counts that are none, fewer than two words, or not more words than dimensions.
     """
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
 
     counts = sparse.coo_matrix(counts)
     n_words = counts.shape[0]
+    is_bad = ~(np.isfinite(counts.data) & (counts.data >= 0))
+    if is_bad.any():
+        raise ConfigError(
+            f"{is_bad.sum()} of {len(counts.data)} counts are negative, NaN or infinite, the first in row "
+            f"{counts.row[is_bad.argmax()]}; a count is a number of 0 or more. Count again, or leave these words out."
+        )
+    if n_words < 2:
+        raise ConfigError(f"The counts are those of {n_words} word; vectors need two words or more. Give more text.")
     if not 0 < dimension < n_words:
         raise ConfigError(
             f"dimension = {dimension} for {n_words} words: a factorisation gives fewer dimensions than words. Choose "
