@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .profiles import METHODS, STRENGTHS
+from .profiles import METHOD_LABELS, METHODS, STRENGTHS
 from .records import published_records
 from .tables import front, results_table, summary, with_strength
 
 NAMES = ("guide-weights", "guide-mixes", "guide-budgets", "guide-methods")
 _FIXED = (
-    "layers", "site", "position", "n_tokens", "proxy", "new_domain", "new_text_ratio", "activation", "batch_size"
+    "layers", "site", "position", "n_tokens", "proxy", "new_domain", "new_text_ratio", "activation", "gate_memory",
+    "batch_size",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def _reach(table: pd.DataFrame) -> str:
     for method, group in means.groupby("method", observed=True):
         edge = front(group)
         least = [edge[edge["learning"] >= share]["forgetting"].min() for share in shares]
-        rows.append((least, str(method).replace("_", " ")))
+        rows.append((least, METHOD_LABELS[str(method)]))
     for least, name in sorted(rows, key=lambda row: [10 if pd.isna(v) else v for v in row[0]]):
         lines.append(f"| {name} | " + " | ".join("–" if pd.isna(v) else f"{v:.1%}" for v in least) + " |")
     return "\n".join([*lines, ""])
