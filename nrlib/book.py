@@ -29,16 +29,17 @@ from .config import flat_values, make_config, parameters
 from .errors import NrlibError
 from .guide import guide_tables
 from .launch import COLAB_BRANCH, add_install_cell, repository_url, write_copies
+from .lighten import lighten_pages
 from .pages import check_pages
 from .pdf import print_book
 from .profiles import PROFILES
 from .storage import atomic_directory, project_directory
 
 PDF = "neutral-residues.pdf"  # in the folder of the book
-# Jupyter Book's own lacks language, title and icon, without which browsers ask for one.
+# Jupyter Book's own lacks language, title and icon; an empty one keeps browsers from asking while they are led on.
 FRONT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Neutral residues</title>
-<link rel="icon" href="_static/favicon.svg"><meta http-equiv="refresh" content="0; url=book/index.html"></head>
+<link rel="icon" href="data:,"><meta http-equiv="refresh" content="0; url=book/index.html"></head>
 <body><main><h1>Neutral residues</h1><p><a href="book/index.html">To the book</a></p></main></body></html>
 """
 PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "book", "nrlib")  # the package for what pages show of its source
@@ -102,6 +103,7 @@ def build_book(
     (html / "index.html").write_text(FRONT, encoding="utf-8")
     if with_pdf:
         print_book(_run_jupyter_book(stage, "singlehtml"), html / PDF)
+    lighten_pages(html)
     if problems := check_pages(html):
         raise BookError(f"The book was built in {html}, but its pages have problems:\n" + "\n".join(problems))
     with atomic_directory(output) as finished:

@@ -16,15 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from .profiles import METHOD_LABELS
 from .tables import front
 
 LABELS = {
-    "fine_tuning": "fine-tuning", "lora": "LoRA", "vanilla_adapter": "vanilla adapter",
-    "neutral_residues": "neutral residues", "block_expansion": "block expansion",
-    "weight_interpolation": "weight interpolation", "orthogonal_finetuning": "orthogonal fine-tuning",
-    "gated_lora": "gated LoRA", "elastic_weight_consolidation": "elastic weight consolidation",
-    "distillation": "distillation", "unseen_original": "original domain, not in the proxy",
-    "proxy": "original domain, proxy", "new": "new domain",
+    **METHOD_LABELS, "unseen_original": "original domain, not in the proxy", "proxy": "original domain, proxy",
+    "new": "new domain",
 }  # fmt: skip
 PALETTE = sns.color_palette("colorblind")
 METHOD_STYLE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .profiles import METHODS, STRENGTHS
+from .profiles import METHOD_LABELS, METHODS, STRENGTHS
 from .records import published_records
 from .tables import front, results_table, summary, with_strength
 
@@ -65,7 +65,7 @@ def _reach(table: pd.DataFrame) -> str:
     settings = ["method", "learning_rate", "strength"]
     runs = with_strength(table[table["method"].isin([*METHODS, *STRENGTHS, "block_expansion", "gated_lora"])])
     memory = runs["gate_memory"].map(lambda n: f", a memory of {n}" if n > 1 else "")
-    runs = runs.assign(method=runs["method"].astype(str) + memory)
+    runs = runs.assign(method=runs["method"].astype(str).map(METHOD_LABELS) + memory)
     means = runs.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
     lines = [
         "| method | " + " | ".join(f"learns {share:.0%}" for share in shares) + " |",
@@ -75,7 +75,7 @@ def _reach(table: pd.DataFrame) -> str:
     for method, group in means.groupby("method", observed=True):
         edge = front(group)
         least = [edge[edge["learning"] >= share]["forgetting"].min() for share in shares]
-        rows.append((least, str(method).replace("_", " ")))
+        rows.append((least, str(method)))
     for least, name in sorted(rows, key=lambda row: [10 if pd.isna(v) else v for v in row[0]]):
         lines.append(f"| {name} | " + " | ".join("–" if pd.isna(v) else f"{v:.1%}" for v in least) + " |")
     return "\n".join([*lines, ""])

@@ -1,4 +1,4 @@
-"""The names of the methods, and the values that methods and profiles fill in: data only."""
+"""The names of the methods, in code and in print, and the values that methods and profiles fill in: data only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ RIVALS = (
     "distillation",
 )
 ALL_METHODS = METHODS + RIVALS
+METHOD_LABELS = {method: method.replace("_", " ") for method in ALL_METHODS} | {
+    "fine_tuning": "fine-tuning", "lora": "LoRA", "orthogonal_finetuning": "orthogonal fine-tuning",
+    "gated_lora": "gated LoRA",
+}  # fmt: skip
 
 # A method fixes some of MethodConfig's fields; what it does not use gets one canonical value, so that equal runs have
 # equal configurations.

@@ -16,6 +16,7 @@ THEMES = ("light", "dark")
 # What changes with the theme; everything else is looked for once, in the light.
 COLOURS = {"runOnly": ["color-contrast", "link-in-text-block"]}
 SCROLLING = {"runOnly": ["scrollable-region-focusable"]}  # what scrolls on a phone only
+LEFT = "net::ERR_ABORTED"  # the page, before all of it had come: what is missing fails otherwise
 STILL = "*, *::before, *::after { transition: none !important; animation: none !important; }"
 TOO_WIDE = """() => {
   const root = document.documentElement, limit = root.clientWidth + 1;
@@ -79,7 +80,7 @@ def visit(page: Any, address: str, path: str, *, is_examined: bool = True) -> Vi
     noting = {
         "console": lambda message: message.type == "error" and seen.errors.append(message.text),
         "pageerror": lambda error: seen.errors.append(str(error)),
-        "requestfailed": lambda request: seen.errors.append(f"did not load: {request.url}"),
+        "requestfailed": lambda request: request.failure == LEFT or seen.errors.append(f"did not load: {request.url}"),
         "request": lambda request: request.url.startswith((address, "data:", "blob:")) or seen.requests.append(request.url),
     }  # fmt: skip
     for event, note in noting.items():

@@ -44,7 +44,7 @@ ORDER = [
     "lessons", "exercises",
     "tasks", "cluster",
     "sweep", "study",
-    "notebook_parameters", "pages", "chromium", "launch",
+    "notebook_parameters", "pages", "lighten", "chromium", "launch",
     "pdf",
     "notebooks",
     "explorer",
