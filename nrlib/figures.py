@@ -21,7 +21,7 @@ from .tables import front
 
 LABELS = {
     **METHOD_LABELS, "unseen_original": "original domain, not in the proxy", "proxy": "original domain, proxy",
-    "new": "new domain",
+    "new": "new domain", "recommended": "neutral residues, recommended",
 }  # fmt: skip
 PALETTE = sns.color_palette("colorblind")
 METHOD_STYLE = {
@@ -30,6 +30,7 @@ METHOD_STYLE = {
     "block_expansion": (PALETTE[4], "P"), "weight_interpolation": (PALETTE[5], "v"),
     "orthogonal_finetuning": (PALETTE[6], "X"), "gated_lora": (PALETTE[7], "<"),
     "elastic_weight_consolidation": (PALETTE[8], ">"), "distillation": (PALETTE[9], "*"),
+    "recommended": ("black", "h"),
 }  # fmt: skip
 SITE_LABELS = {
     "ffn": "beside the FFN", "attention": "beside attention", "persistent_memory": "persistent vectors in attention",

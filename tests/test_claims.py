@@ -154,6 +154,16 @@ def test_the_recommended_settings_beat_the_papers_own_on_five_seeds(records):
     assert recommended["forgetting"].max() < paper["forgetting"].min()
 
 
+@pytest.mark.parametrize("language", ["German", "Russian"])
+def test_the_recommended_settings_carry_over_to_other_languages(records, language):
+    corpus = experiments.NEW_DOMAINS["laptop"][language]
+    table = select(records, experiments.languages("laptop", [corpus], ["fine_tuning"], [0, 1, 2]))
+    ours = table[table["method"] == "neutral_residues"]
+    assert len(ours) == 3 and (ours["gate_memory"] == 64).all()
+    assert ours["forgetting"].max() < 0.01 and ours["learning"].min() > 0.85  # the goal that was set on French
+    assert table.loc[table["method"] == "fine_tuning", "forgetting"].min() > 0.3
+
+
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
     names = ["vanilla_adapter", "neutral_residues"]
     table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0]))
