@@ -112,6 +112,11 @@ def readable(summary: pd.DataFrame) -> Styler:
     return shown.style.format(precision=4).hide(axis="index")
 
 
+def machine(rows: pd.DataFrame) -> pd.DataFrame:
+    """On which devices the runs were made: how many on each, and their median time."""
+    return rows.groupby("device")["seconds"].agg(runs="size", median_seconds="median").reset_index()
+
+
 def with_strength(table: pd.DataFrame) -> pd.DataFrame:
     """The table with a column `strength`: the setting of each method's dial, NaN where a method has none."""
     table = table.copy()

@@ -17,23 +17,25 @@ FORM_LABELS = {"int8": "8 bits", "int4": "4 bits", "int3": "3 bits", "pq": "code
 
 
 def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], largest: float = 100.0) -> Figure:
-    """Perplexity after compression, one row a way of training, one panel a compression, each seed a point.
+    """Perplexity after compression over that of the network of the same seed that was trained without noise, before
+    compression. One row a way of training, one panel a compression, each seed a point.
 
     Parameters
     ----------
-    table : columns `training` (in the order to draw them), `seed`, `float`, and one for each compression.
+    table : columns `training` (in the order to draw them, the one without noise first), `seed`, `float`, and one for each
+        compression.
     panels : title of a panel → column → label.
     largest : what lies beyond is drawn at the edge, as an arrow head.
     """
     with mpl.rc_context(STYLE):
-        figure = Picture(figsize=(9.2, 3.9), layout="constrained")
+        names = list(dict.fromkeys(table["training"]))
+        place = {name: len(names) - 1 - index for index, name in enumerate(names)}
+        plain = table[table["training"] == names[0]].set_index("seed")["float"]
+        figure = Picture(figsize=(2.4 + 3.4 * len(panels), 1.6 + 0.35 * len(names)), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
         for ax, (title, columns) in zip(axes, panels.items(), strict=True):
-            shown = table.dropna(subset=list(columns))
-            names = list(dict.fromkeys(shown["training"]))
-            place = {name: len(names) - 1 - index for index, name in enumerate(names)}
-            plain = shown.loc[shown["training"] == names[0], "float"].mean()
-            ax.axvline(plain, color="black", linewidth=1, linestyle=":", label="float, trained without noise")
+            shown = table.assign(**{column: table[column] / table["seed"].map(plain) for column in columns})
+            ax.axvline(1, color="black", linewidth=1, linestyle=":", label="float, trained without noise")
             for index, (column, label) in enumerate(columns.items()):
                 values = shown[column].clip(upper=largest)
                 rows = shown["training"].map(place) + (0.12 if len(columns) > 1 else 0) * (1 - 2 * index)
@@ -53,16 +55,16 @@ def perplexities(table: pd.DataFrame, panels: Mapping[str, Mapping[str, str]], l
                     )
             ax.set_xscale("log")
             has_beyond = bool((shown[list(columns)] > largest).any(axis=None))
-            top = largest if has_beyond else 1.15 * float(shown[list(columns)].max(axis=None))
-            ax.set_xlim(0.95 * min(plain, float(shown[list(columns)].min(axis=None))), top)
-            ticks = [2, 2.5, 3, 3.5, 4, 5] if top < 6 else [2, 3, 5, 10, 30, 100]
+            top = largest if has_beyond else 1.03 * float(shown[list(columns)].max(axis=None))
+            ax.set_xlim(0.97 * min(1, float(shown[list(columns)].min(axis=None))), top)
+            ticks = [1, 1.05, 1.1] if top < 1.2 else [1, 1.2, 1.4, 1.6] if top < 2 else [1, 2, 3, 5, 10, 30, 100]
             ax.xaxis.set_major_locator(FixedLocator([t for t in ticks if t <= top]))
             ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             ax.set_yticks(range(len(names)), list(reversed(names)))
             ax.set_ylim(-0.6, len(names) - 0.4)
-            ax.set_xlabel(f"perplexity, {title}\n(left is better)")
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=9)
+            ax.set_xlabel(f"{title}, perplexity over that\nof the float network (left is better)")
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
     return figure
 
 
@@ -103,5 +105,5 @@ def sizes(table: pd.DataFrame, order: Sequence[str], labels: Mapping[str, str]) 
         names = [f"{FORM_LABELS.get(form, form)}\n{size:,.0f} kB" for form, size in forms.items()]
         axes[-1].set_xticks(range(len(forms)), names)
         axes[-1].set_xlabel("what is shipped, and the size of its file")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(order), frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
