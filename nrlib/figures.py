@@ -149,7 +149,8 @@ def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figur
             ax.set_xlabel(xlabel)
             ax.set_ylabel(f"{metric} ({'down' if metric == 'forgetting' else 'up'} is better)")
             if metric == "forgetting":
-                ax.set_yscale("symlog", linthresh=0.01)  # linear through zero
+                if table[metric].max() > 0.03:
+                    ax.set_yscale("symlog", linthresh=0.01)  # linear through zero
                 ax.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
                 ax.set_ylim(min(0.0, 1.3 * table[metric].min()), 1.4 * table[metric].max())
                 ax.minorticks_off()
