@@ -84,7 +84,8 @@ def _read_sheet(sheet: Path, target: Path) -> str:
 
 def _names(texts: dict[Path, str]) -> set[str]:
     """The classes and identifiers of all pages, and every word of their scripts and of sheets of their own."""
-    names, files = set(), set()
+    names: set[str] = set()
+    files: set[Path] = set()
     for path, text in texts.items():
         names.update(name for value in re.findall(r'\b(?:class|id)="([^"]*)"', text) for name in value.split())
         names.update(re.findall(r"var\(\s*(--[\w-]+)", text))
