@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from docutils import nodes
-from docutils.utils.math import MathError, toplevel_code
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -18,9 +18,7 @@ def to_mathml(node: nodes.Element, as_block: bool) -> str:
     """The equation of a `math` or `math_block` node; a warning, and its source, where it is not understood."""
     source = node.astext().strip()
     try:
-        # An environment of several lines needs its name; a single line must have none.
-        is_multiline = as_block and "\\\\" in toplevel_code(source)
-        mathml = tex2mathml(f"\\begin{{align*}}{source}\\end{{align*}}" if is_multiline else source, as_block=as_block)
+        mathml = tex2mathml(source, as_block=as_block)  # several lines are aligned at their &
     except MathError as error:
         logger.warning("equation not understood: %s (%s)", source, error, location=node)
         mathml = f"<code>{nodes.unescape(source)}</code>"
