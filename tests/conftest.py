@@ -88,6 +88,16 @@ def scratch(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="module")
+def published_results(scratch):
+    """Results and records are the checkout's own, for tests of what a page says of them."""
+    from nrlib.storage import project_directory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
+        yield
+
+
 # A run of a fifth of a second, on the smoke profile.
 SMALL = {
     "original": "synthetic:aurelian?n_documents=300",

@@ -28,7 +28,6 @@ from nrlib.companions.associative_memory_bigrams import (
 )
 from nrlib.companions.associative_memory_birth import birth, by_variant, findings, first_step
 from nrlib.errors import ConfigError
-from nrlib.storage import project_directory
 from nrlib.study import published_studies
 
 
@@ -373,10 +372,8 @@ def test_birth_of_the_memories_trained_here_in_small(seed):
 
 
 @pytest.fixture(scope="module")
-def published():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
-        yield published_studies(birth), published_studies(extending.extension)
+def published(published_results):
+    return published_studies(birth), published_studies(extending.extension)
 
 
 def test_birth_of_the_memories_published(published):

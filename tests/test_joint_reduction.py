@@ -28,7 +28,6 @@ from nrlib.companions.joint_reduction_text import (
 )
 from nrlib.corpora.documents import Document
 from nrlib.errors import ConfigError, CorpusError
-from nrlib.storage import project_directory
 from nrlib.study import published_studies
 
 
@@ -298,8 +297,7 @@ def test_one_search_of_paragraphs_end_to_end():
 
 
 @pytest.fixture
-def published(monkeypatch):
-    monkeypatch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
+def published(published_results):
     return published_studies
 
 

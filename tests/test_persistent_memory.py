@@ -20,7 +20,6 @@ from nrlib.errors import BackboneError, ConfigError
 from nrlib.persistent_memory import PersistentMemory
 from nrlib.records import published_records
 from nrlib.runs import check_run
-from nrlib.storage import project_directory
 from nrlib.study import published_studies
 
 TOKENS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -99,19 +98,31 @@ def test_vectors_cost_what_a_feed_forward_block_of_that_width_costs():
 
 
 @pytest.mark.slow
-def test_all_attention_learns_what_attention_alone_does_not(monkeypatch):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_attention_learns_what_attention_alone_does_not(monkeypatch, seed):
     """The study in short, on a smaller table; the published results below are the thresholds at full length."""
     monkeypatch.setattr(companion, "MarkovSource", partial(companion.MarkovSource, n_symbols=12))
     for name, value in {"BATCH_SIZE": 32, "CONTEXT_LENGTH": 12, "LEARNING_RATE": 4e-3, "N_MEASURED": 512}.items():
         monkeypatch.setattr(companion, name, value)
     kinds = ("attention_only", "feed_forward", "all_attention")
-    rows = [{"kind": k, "seed": 0, **companion.language_model(seed=0, kind=k, n_steps=300, width=64)} for k in kinds]
+    rows = [
+        {"kind": k, "seed": seed, **companion.language_model(seed=seed, kind=k, n_steps=300, width=64)} for k in kinds
+    ]
     alone, with_ffn, vectors = companion.with_gap_closed(rows)
     assert alone["perplexity"] > 1.03 * with_ffn["perplexity"]
     assert (alone["gap_closed"], with_ffn["gap_closed"]) == (0, 1)
     assert vectors["gap_closed"] > 0.7
     assert min(vectors["persistent_mass"]) > 0.5 and alone["persistent_mass"] == [0, 0]
     assert [step for step, _ in vectors["curve"]][-1] == 300 and vectors["curve"][0][1] > vectors["perplexity"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_vectors_without_scaling_stay_behind(monkeypatch, seed):
+    """At full width, without which the scaling changes little, and a third of the steps."""
+    monkeypatch.setattr(companion, "N_MEASURED", 256)
+    found = {k: companion.language_model(seed=seed, kind=k, n_steps=300) for k in ("all_attention", "unscaled")}
+    assert found["all_attention"]["perplexity"] < found["unscaled"]["perplexity"] - 0.3
 
 
 def test_attention_sees_no_later_token_and_the_mass_is_a_share():
@@ -317,11 +328,8 @@ def test_neutrality_of_the_small_profile():
 
 
 @pytest.fixture(scope="module")
-def results(request):
+def results(published_results):
     """Tables of the published language models, the untrained extensions and the trained ones."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
-    request.addfinalizer(patch.undo)
     models = pd.DataFrame(companion.with_gap_closed(published_studies(companion.language_model)))
     trials = published_studies(neutrality)
     untrained = pd.DataFrame([{"seed": trial["seed"], **row} for trial in trials for row in trial["rows"]])

@@ -35,7 +35,6 @@ from nrlib.companions.quant_noise_schemes import (
 )
 from nrlib.errors import ConfigError, WeightsError
 from nrlib.records import published_records
-from nrlib.storage import project_directory
 from nrlib.study import published_studies
 
 SCHEMES = [IntegerGrid(8), IntegerGrid(4), IntegerGrid(3, per_row=False), ProductQuantiser(4, 16)]
@@ -596,11 +595,8 @@ SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def results(request):
+def results(published_results):
     """The published networks by training and seed, and the shipped extensions by noise, seed and form."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NRLIB_RESULTS", str(project_directory() / "data" / "results"))
-    request.addfinalizer(patch.undo)
     trained = study.markov_table(published_studies(study.markov_study)).set_index(["training", "seed"]).sort_index()
     records = {record.run_id: record for record in published_records()}
     references = [records[config.run_id] for config in experiments.references("laptop")]

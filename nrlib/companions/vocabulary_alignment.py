@@ -235,14 +235,19 @@ def precision_at_1(found: Iterable[int], answers: Iterable[Iterable[int]]) -> fl
 
 
 def compare_maps(
-    source: Vectors, target: Vectors, pairs: Pairs, test: Mapping[int, Iterable[int]], **options: Any
+    source: Vectors,
+    target: Vectors,
+    pairs: Pairs,
+    test: Mapping[int, Iterable[int]],
+    learning_rates: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Precision at 1 on `test` (source index: right target indices) of every map under both rules."""
+    """Precision at 1 on `test` (source index: right target indices) of every map under both rules; `learning_rates` by
+    map, those of `rcsls` where none is given."""
     queries = np.array(list(test))
-    k = options.get("n_neighbours", 10)
     result: dict[str, dict[str, float]] = {}
     for name in MAPS:
+        options = {"learning_rate": learning_rates[name]} if learning_rates and name in learning_rates else {}
         mapping = fit_map(name, source, target, pairs, **options)
-        best = {r: translate(mapping, source, target, queries, rule=r, n_neighbours=k)[1][:, 0] for r in RULES}
+        best = {r: translate(mapping, source, target, queries, rule=r)[1][:, 0] for r in RULES}
         result[name] = {rule: round(precision_at_1(best[rule], test.values()), 4) for rule in RULES}
     return result
