@@ -109,7 +109,8 @@ def readable(summary: pd.DataFrame) -> Styler:
     dropped = [column for column in summary if column.endswith(("_min", "_max"))]
     shown = summary.drop(columns=dropped).assign(forgetting=percent("forgetting", 2), learning=percent("learning", 1))
     shown.columns = [column.replace("_", " ") for column in shown]
-    return shown.style.format(precision=4).hide(axis="index")
+    settings = shown.loc[:, :"seeds"].select_dtypes("float")
+    return shown.style.format(dict.fromkeys(settings, "{:g}"), precision=4).hide(axis="index")
 
 
 def machine(rows: pd.DataFrame) -> pd.DataFrame:
