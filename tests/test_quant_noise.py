@@ -443,7 +443,7 @@ def test_the_thresholds_on_a_shortened_run(seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_thresholds_of_the_codebook_on_a_shortened_run(seed):
     names = ("without noise", "codebook noise on a fifth", "codebook noise on all")
-    check_codebook({name: shortened(seed, name) for name in names})
+    check_codebook({name: shortened(seed, name) for name in names}, ipq_ratio=1.15)  # finetuning is shorter too
 
 
 def shortened(seed, name):
@@ -458,12 +458,12 @@ def check_grids(found):
         assert cost < share * (plain[form] - plain["float"])
 
 
-def check_codebook(found):
+def check_codebook(found, ipq_ratio=1.1):
     plain, full = found["without noise"], found["codebook noise on all"]
     assert found["codebook noise on a fifth"]["pq"] < plain["pq"] < full["pq"]
     assert full["float"] > 100  # not the codebook alone: the network itself has diverged
     for name in ("without noise", "codebook noise on a fifth"):
-        assert found[name]["ipq"] < 1.1 * plain["float"]
+        assert found[name]["ipq"] < ipq_ratio * plain["float"]
 
 
 # --- the second half: extensions --------------------------------------------------------------------------------------
