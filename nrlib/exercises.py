@@ -171,6 +171,21 @@ EXERCISES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _function(lambda scores, memory: causal_mean(scores[None], memory)[0], lambda: torch.randn(9), lambda: int(torch.randint(1, 5, ()))),
         "token t averages the scores from t − memory + 1, or from 0, up to t itself",
     ),
+    "gate_auc": (
+        _function(lambda old, new: (new.abs()[:, None] > old.abs()).float().mean(), lambda: torch.randn(6), lambda: torch.randn(8) + 1),
+        "compare every token of the new language with every one of the old: in how many pairs is its gate the larger one?",
+    ),
+    "share_lost": (
+        _function(lambda start, learned, end: (end - learned) / (start - learned), lambda: 4.0 + _positive(), lambda: 1.5, lambda: 1.5 + _positive()),
+        "bits per byte went down from `start` to `learned`, then up again to `end`: what share of the way down was that?",
+    ),
+    "times_read": (
+        _number(0.9 * 819_200 / 30_000), "nine tenths of the tokens of the run are new text, and the text is 30,000 tokens long"
+    ),
+    "taken_function": (
+        _function(lambda logits, n_old: -logits.softmax(-1)[..., :n_old].sum(-1).log(), lambda: torch.randn(4, 9), lambda: 6),
+        "softmax over all tokens; the probabilities of the first n_old; minus the logarithm of their sum",
+    ),
     "kl_function": (
         _function(_kl, lambda: torch.randn(4, 7), lambda: torch.randn(4, 7)),
         "softmax both; the sum over the vocabulary of p·(log p − log q), where p is the backbone's; mean over tokens",

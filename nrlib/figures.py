@@ -36,7 +36,7 @@ SITE_LABELS = {
     "ffn": "beside the FFN", "attention": "beside attention", "persistent_memory": "persistent vectors in attention",
 }  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g} %")
+PERCENT = FuncFormatter(lambda value, _: f"{value * 100:.3g}%")
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -236,9 +236,11 @@ def layer_changes(changes: pd.DataFrame) -> Figure:
 
 
 def gates_over_text(gates: pd.DataFrame, n_columns: int = 78) -> Figure:
-    """A text once for each layer, every token on a ground as dark as its gate is open (|gate| over the text's largest)."""
+    """A text once for each layer, every token on a ground as dark as its gate is open (|gate| over the text's largest).
+    Where there is a column `language`, tokens of the language 'new' stand in bold. A piece of a letter is a dot."""
     first = gates[gates["layer"] == gates["layer"].min()].sort_values("position")
-    tokens = [str(token).replace("\n", " ").replace("\ufffd", "?") for token in first["token"]]
+    tokens = [str(token).replace("\n", " ").replace("\ufffd", "·") for token in first["token"]]
+    is_new = first["language"] == "new" if "language" in first else [False] * len(first)
     places, column, line = [], 0, 0
     for token in tokens:
         if column + len(token) > n_columns:
@@ -251,12 +253,13 @@ def gates_over_text(gates: pd.DataFrame, n_columns: int = 78) -> Figure:
         figure = Picture(figsize=(9, 0.33 * (line + 1.6) * len(layers)), layout="constrained")
         for ax, layer in zip(np.atleast_1d(figure.subplots(len(layers), 1)), layers, strict=True):
             values = gates[gates["layer"] == layer].sort_values("position")["gate"].abs() / largest
-            for (x, y), token, value in zip(places, tokens, values, strict=True):
+            for (x, y), token, value, bold in zip(places, tokens, values, is_new, strict=True):
                 ground = mpl.colormaps["Oranges"](0.75 * value) if value > 0 else "white"
                 ax.add_patch(mpl.patches.Rectangle((x, y - 0.45), len(token), 0.9, color=ground))
                 ax.text(
-                    x + len(token) / 2, y, token.strip(), ha="center", va="center", family="monospace", fontsize=8.5
-                )
+                    x + len(token) / 2, y, token.strip(), ha="center", va="center", family="monospace", fontsize=8.5,
+                    fontweight="bold" if bold else "normal",
+                )  # fmt: skip
             ax.set(xlim=(0, n_columns), ylim=(-line - 0.6, 0.6), xticks=[], yticks=[])
             ax.grid(visible=False)
             ax.spines[["left", "bottom"]].set_visible(False)

@@ -60,7 +60,7 @@ def _dose(table: pd.DataFrame, dose: str, title: str, form: str = "{:g}") -> str
 
 
 def _reach(table: pd.DataFrame) -> str:
-    """For each method the least forgetting of a setting that learns at least 80, 90 and 95 % of fine-tuning's gain."""
+    """For each method the least forgetting of a setting that learns at least 80, 90 and 95% of fine-tuning's gain."""
     shares = (0.8, 0.9, 0.95)
     settings = ["method", "learning_rate", "strength"]
     runs = with_strength(table[table["method"].isin([*METHODS, *STRENGTHS, "block_expansion", "gated_lora"])])

@@ -26,7 +26,7 @@ from .corpora.synthetic import load_language
 from .errors import ConfigError
 from .evaluation import bits_per_byte
 from .losses import adapters_with_layers
-from .machine import seeded
+from .machine import one_thread, seeded
 from .methods import apply_method
 from .records import Record, write_counts
 from .runs import run_and_keep
@@ -67,6 +67,7 @@ def lesson(method: str = "neutral_residues", **changes: Any) -> RunConfig:
     return make_config("smoke", method=method, **{**_SETTINGS, **rate, **weight, **changes})
 
 
+@one_thread()
 def backbone() -> Student:
     """The model that reads Aurelian only; trained in seconds, then kept in the cache. A new copy at each call."""
     config = lesson()
@@ -81,6 +82,7 @@ def untrained(method: str = "neutral_residues", **changes: Any) -> Student:
 
 
 @functools.lru_cache(maxsize=64)
+@one_thread()
 def extend(method: str = "neutral_residues", **changes: Any) -> Student:
     """The backbone after learning Borealic by a method; `changes` are parameters of the run."""
     config = lesson(method, **changes)
@@ -98,6 +100,7 @@ def prompt(language: str, n_words: int = 12, document: int = 3) -> str:
     return " ".join(documents[document].text.split()[:n_words])
 
 
+@one_thread()
 def continue_text(student: Student, start: str, n_tokens: int = 48, seed: int = 0) -> str:
     """What the model writes after `start`, drawn at random from its predictions."""
     tokenizer = student.text.tokenizer

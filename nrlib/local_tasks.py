@@ -59,7 +59,7 @@ def make_local_tasks(name: str, spec: str, n_evaluation_bytes: int, progress: bo
         if not documents:
             raise CorpusError(
                 f"The corpus '{spec}' has {len(corpus.documents)} documents and none of them is a test document, so there "
-                "is nothing to evaluate on. About 5 % of the documents are: give at least 100."
+                "is nothing to evaluate on. About 5% of the documents are: give at least 100."
             )
         items = {"bits_per_byte": text_items(documents), "cloze": cloze_items(documents, spec)}
         with atomic_directory(folder) as temporary:

@@ -41,6 +41,18 @@ def keep_large_blocks() -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread: threads that wait for one another cost a very small model more than they
+    bring, and several times its work on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """'auto' is the first accelerator, else the processor."""
     if name != "auto":

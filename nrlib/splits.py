@@ -81,7 +81,7 @@ def split_corpus(documents: Sequence[Document]) -> Split:
         if not side:
             raise CorpusError(
                 f"The corpus has {len(documents)} documents and none with text of its own for the split '{name}'. "
-                "About 5 % of the documents go to validation and 5 % to test: give at least 100 documents, for "
+                "About 5% of the documents go to validation and 5% to test: give at least 100 documents, for "
                 "example by cutting one large file into a .jsonl file with one document a line."
             )
     overlap_after = shingle_overlap(_texts(train), _texts(validation) + _texts(test))

@@ -102,7 +102,7 @@ def readable(summary: pd.DataFrame) -> Styler:
 
     def percent(metric: str, digits: int) -> pd.Series[str]:
         means, low, high = (100 * summary[f"{metric}{end}"] for end in ("", "_min", "_max"))
-        texts = means.map(f"{{:.{digits}f}} %".format)
+        texts = means.map(f"{{:.{digits}f}}%".format)
         ranges = " (" + low.map(f"{{:.{digits}f}}".format) + " to " + high.map(f"{{:.{digits}f}}".format) + ")"
         return texts.where(summary["seeds"] == 1, texts + ranges)
 
@@ -163,10 +163,16 @@ NEEDS = {
 }
 
 
-def costs(table: pd.DataFrame) -> pd.DataFrame:
+def costs(table: pd.DataFrame, inference: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row a method: area of the plane it dominates, least forgetting of the settings that learn `LEARNED` at least,
-    number of settings, extra weights, training time over that of fine-tuning, and what it needs. All from the first
-    seed's runs, which every method has at every rate and setting."""
+    number of settings, extra weights, training time over that of fine-tuning, reading time over the backbone's, and what
+    it needs. All from the first seed's runs, which every method has at every rate and setting.
+
+    Parameters
+    ----------
+    inference : results of `nrlib.studies.inference_cost`; the median of them is shown.
+    """
+    reading = pd.DataFrame([study["ratios"] for study in inference]).median()
     first = table[table["seed"] == table["seed"].min()]
     worst = first.loc[first["method"] == "fine_tuning", "forgetting"].max()
     speed = first.groupby("method", observed=True)["tokens_per_second"].median()
@@ -177,7 +183,8 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
             **{f"at_{share:.0%}": _least_forgetting(runs, share) for share in LEARNED},
             "settings": len(runs),
             "extra_weights": runs["extra_weights"].median(),
-            "seconds": speed.get("fine_tuning", float("nan")) / speed[method],
+            "training_time": speed.get("fine_tuning", float("nan")) / speed[method],
+            "inference_time": reading[method],
             "needs": NEEDS[str(method)],
         }
         for method, runs in first.groupby("method", observed=True)
@@ -192,7 +199,7 @@ def _least_forgetting(runs: pd.DataFrame, learned: float) -> float:
 def readable_costs(costs: pd.DataFrame) -> Styler:
     """`costs` for a page."""
     shown = costs.rename(columns=lambda column: column.replace("_", " "))
-    formats = {"area": "{:.2f}", "extra weights": "{:.1%}", "seconds": "{:.2f}"}
+    formats = {"area": "{:.2f}", "extra weights": "{:.1%}", "training time": "{:.2f}", "inference time": "{:.2f}"}
     formats |= {f"at {share:.0%}": "{:.1%}" for share in LEARNED}
     return shown.style.format(formats, na_rep="–").hide(axis="index")
 

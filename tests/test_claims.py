@@ -3,9 +3,11 @@
 import pytest
 
 from nrlib import experiments, tables
-from nrlib.profiles import ALL_METHODS, METHODS
+from nrlib.profiles import ALL_METHODS, METHODS, RIVALS
 from nrlib.records import published_records
 from nrlib.storage import project_directory
+from nrlib.studies.inference_cost import inference_cost
+from nrlib.study import published_studies
 
 RESULTS = project_directory() / "data" / "results"
 WEIGHTS = [0.0, 0.01, 1.0, 5.0, 100.0]
@@ -199,8 +201,13 @@ def rivals(records):
     return tables.with_strength(runs)
 
 
-def test_at_four_fifths_of_the_gain_neutral_residues_forget_least(rivals):
-    at_80 = tables.costs(rivals).set_index("method")["at_80%"]
+@pytest.fixture(scope="module")
+def costs(rivals):
+    return tables.costs(rivals, published_studies(inference_cost)).set_index("method")
+
+
+def test_at_four_fifths_of_the_gain_neutral_residues_forget_least(costs):
+    at_80 = costs["at_80%"]
     assert set(at_80.index) == set(ALL_METHODS) and at_80.notna().all()
     assert at_80.idxmin() == "neutral_residues"
     assert list(at_80.sort_values().index[1:4]) == ["block_expansion", "distillation", "gated_lora"]
@@ -208,8 +215,14 @@ def test_at_four_fifths_of_the_gain_neutral_residues_forget_least(rivals):
     assert at_80["gated_lora"] < at_80["lora"] and at_80["neutral_residues"] < at_80["vanilla_adapter"]
 
 
-def test_nearly_all_of_the_gain_takes_every_weight(rivals):
-    at_95 = tables.costs(rivals).set_index("method")["at_95%"].dropna().sort_values()
+def test_reading_with_an_extension_takes_longer_than_with_a_changed_backbone(costs):
+    times = costs["inference_time"]
+    assert (times[["fine_tuning", *RIVALS[-2:]]] == 1).all()
+    assert 1.05 < times["neutral_residues"] < 1.25 and times["neutral_residues"] < times["lora"] - 0.05
+
+
+def test_nearly_all_of_the_gain_takes_every_weight(rivals, costs):
+    at_95 = costs["at_95%"].dropna().sort_values()
     order = ["distillation", "elastic_weight_consolidation", "weight_interpolation", "fine_tuning"]
     assert list(at_95.index) == order
     for method in order[:2]:  # at the edge of the grid, as the page says

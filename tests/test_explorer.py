@@ -262,8 +262,8 @@ def test_page_without_script_shows_every_setting(site, data):
     heads = root.xpath("//table/thead/tr/th/button/text()")
     for setting in data["settings"]:
         cells = dict(zip(heads, (cell.text_content() for cell in rows[setting["id"]]), strict=True))
-        assert cells["forgetting"].startswith(f"{100 * setting['forgetting']:.2f} %")
-        assert cells["learning"].startswith(f"{100 * setting['learning']:.1f} %")
+        assert cells["forgetting"].startswith(f"{100 * setting['forgetting']:.2f}%")
+        assert cells["learning"].startswith(f"{100 * setting['learning']:.1f}%")
         assert cells["seeds"] == str(setting["seeds"])
         assert cells["mix ratio"] == setting["mix_ratio"]
         assert cells["gate"] == (setting["gate"] or "–")

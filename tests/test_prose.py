@@ -91,11 +91,11 @@ def test_pages_with_results_glue_all_of_them(path: Path) -> None:
 @pytest.mark.parametrize(
     ("markdown", "expected"),
     [
-        ("It forgets 3.7 % of it.", [0.037]),
-        ("It forgets 4 %, or 0.25 bits.", [0.04, 0.25]),
+        ("It forgets 3.7% of it.", [0.037]),
+        ("It forgets 4%, or 0.25 bits.", [0.04, 0.25]),
         ("It forgets {glue:text}`a_0.1_forgetting` at `mix_ratio=0.2`, $x = 0.3$.", []),
         ("```python\nx = 0.5\n```\nPython 3 and 12 runs.", []),
-        ("```{admonition} Note\nThe rise is 7.5 %.\n```", [0.075]),
+        ("```{admonition} Note\nThe rise is 7.5%.\n```", [0.075]),
         ("See [the paper](https://example.org/2410.02744).", []),
     ],
 )

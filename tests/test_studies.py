@@ -10,7 +10,9 @@ from sklearn.metrics import roc_auc_score
 import nrlib
 from nrlib.batches import TokenStream
 from nrlib.errors import ConfigError
+from nrlib.profiles import ALL_METHODS
 from nrlib.studies.gates import area_under_curve, gate_activity, read_gates
+from nrlib.studies.inference_cost import WITHOUT_COST, inference_cost
 from nrlib.studies.several_languages import WAYS, several_languages
 
 LANGUAGES = ["synthetic:borealic", "synthetic:cinnabar"]
@@ -63,3 +65,9 @@ def test_ways_of_learning_two_languages_agree_on_their_first_step():
 def test_a_way_that_is_not_possible_is_said_before_anything_is_trained(way, method):
     with pytest.raises(ConfigError, match="is not possible"):
         several_languages("smoke", LANGUAGES, way, method, 0)
+
+
+def test_the_cost_of_every_method_is_a_ratio_to_the_backbone():
+    ratios = inference_cost("smoke", 0.2, n_rounds=2)["ratios"]
+    assert list(ratios) == list(ALL_METHODS) and all(ratio > 0 for ratio in ratios.values())
+    assert all(ratios[method] == 1 for method in WITHOUT_COST)

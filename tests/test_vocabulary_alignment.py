@@ -750,7 +750,7 @@ def test_new_tokens_take_probability_from_the_old(rows, seed):
     ours = run.loc[list(INITIALISATIONS)]
     assert ours["start_forgetting"]["mapped"] > 5 * ours["start_forgetting"].drop("mapped").max()
     assert ours["end_forgetting"].idxmax() == "mapped" and ours["end_forgetting"]["mapped"] < 0.06
-    assert (extended["end_forgetting_own_tokens"] < 0.0115).all()  # without new tokens: 1.0 to 1.2 %
+    assert (extended["end_forgetting_own_tokens"] < 0.0115).all()  # without new tokens: 1.0 to 1.2%
 
 
 def test_old_text_is_encoded_as_before(published):

@@ -200,7 +200,7 @@ def _metrics(setting: Mapping[str, Any]) -> Iterator[str]:
         else:
             low, high = (f"{100 * value:.{digits}f}" for value in limits)
             spread = f" <small>({low} to {high})</small>" if setting["seeds"] > 1 else ""
-            yield f'<td data-value="{mean}">{100 * mean:.{digits}f} %{spread}</td>'
+            yield f'<td data-value="{mean}">{100 * mean:.{digits}f}%{spread}</td>'
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

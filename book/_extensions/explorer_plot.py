@@ -98,7 +98,7 @@ def specification(
 
 def _axis(field: str, low: str, high: str) -> dict[str, Any]:
     limits = {"domain": [{"expr": low}, {"expr": high}], "zero": False, "nice": False}
-    axis = {"labelExpr": "format(100 * datum.value, '~g') + ' %'", "titleFontWeight": "normal", "grid": True}
+    axis = {"labelExpr": "format(100 * datum.value, '~g') + '%'", "titleFontWeight": "normal", "grid": True}
     return {"field": field, "type": "quantitative", "scale": limits, "axis": axis}
 
 

@@ -58,9 +58,9 @@ def switched_text(study: Mapping[str, Any]) -> Figure:
     """The gates over a text that changes its language, token by token, of one result of `gates.gate_activity`."""
     switched = study["switched"]
     rows = [
-        {"position": position, "token": token, "layer": int(layer), "gate": values[position]}
+        {"position": place, "token": token, "language": language, "layer": int(layer), "gate": values[place]}
         for layer, values in switched["gates"].items()
-        for position, token in enumerate(switched["tokens"])
+        for place, (token, language) in enumerate(zip(switched["tokens"], switched["language"], strict=True))
     ]
     return gates_over_text(pd.DataFrame(rows))
 
