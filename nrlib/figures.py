@@ -80,7 +80,7 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
             for weight, mean in weights.iterrows() if len(weights) > 1 else ():
                 axes.annotate(f"{weight:g}", tuple(mean), (9, -4), textcoords="offset points", color=color, fontsize=9)
         axes.legend(frameon=False, title="at its best learning rate")
-        _forgetting_axis(axes, pd.concat([table["forgetting"], best["forgetting"]]))
+        forgetting_axis(axes, pd.concat([table["forgetting"], best["forgetting"]]))
         axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
     return figure
 
@@ -103,7 +103,7 @@ def fronts(table: pd.DataFrame) -> Figure:
                 group["learning"], group["forgetting"], color=color, marker=marker, s=60, edgecolor="white",
                 label=LABELS[str(method)], zorder=3,
             )  # fmt: skip
-        _forgetting_axis(axes, table["forgetting"])
+        forgetting_axis(axes, table["forgetting"])
         axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -284,7 +284,7 @@ def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_origin
     return figure
 
 
-def _forgetting_axis(axes: Axes, forgetting: pd.Series[float]) -> None:
+def forgetting_axis(axes: Axes, forgetting: pd.Series[float]) -> None:
     axes.set_yscale("symlog", linthresh=0.01)  # linear through zero: forgetting may be negative
     axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
     axes.minorticks_off()

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..figures import MARKERS, PALETTE, STYLE, Picture, gates_over_text
+from ..figures import LABELS, MARKERS, METHOD_STYLE, PALETTE, STYLE, Picture, forgetting_axis, gates_over_text
 
 
 def detector_by_layer(table: pd.DataFrame) -> Figure:
@@ -63,6 +63,31 @@ def switched_text(study: Mapping[str, Any]) -> Figure:
         for place, (token, language) in enumerate(zip(switched["tokens"], switched["language"], strict=True))
     ]
     return gates_over_text(pd.DataFrame(rows))
+
+
+def planes(table: pd.DataFrame, panel: str, kind: str) -> Figure:
+    """Learning against forgetting, one panel for each value of `panel`, each run a point in the style of its `kind`."""
+    panels = list(table[panel].unique())
+    n_rows = -(-len(panels) // 3)
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 2.9 * n_rows + 0.5), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(n_rows, min(3, len(panels)), sharex=True, sharey=True)).flatten()
+        for ax, value in zip(axes, panels, strict=False):
+            for name, group in table[table[panel] == value].groupby(kind, sort=False):
+                color, marker = METHOD_STYLE[str(name)]
+                ax.scatter(
+                    group["learning"], group["forgetting"], color=color, marker=marker, s=45, edgecolor="white",
+                    linewidth=0.5, label=LABELS[str(name)], zorder=3,
+                )  # fmt: skip
+            forgetting_axis(ax, table["forgetting"])
+            ax.set_ylabel("")
+            ax.annotate(str(value), (0.04, 0.9), xycoords="axes fraction", fontweight="bold")
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        figure.supxlabel("learning: share of fine-tuning's gain (right is better)", fontsize=10)
+        figure.supylabel("forgetting (down is better)", fontsize=10)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    return figure
 
 
 def ends(stages: pd.DataFrame, languages: Sequence[str]) -> Figure:
