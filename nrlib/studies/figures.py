@@ -80,13 +80,13 @@ def planes(table: pd.DataFrame, panel: str, kind: str) -> Figure:
                     linewidth=0.5, label=LABELS[str(name)], zorder=3,
                 )  # fmt: skip
             forgetting_axis(ax, table["forgetting"])
-            ax.set_ylabel("")
+            ax.set(ylabel="", ylim=(-0.0006, None))  # points at zero stay whole
             ax.annotate(str(value), (0.04, 0.9), xycoords="axes fraction", fontweight="bold")
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
         figure.supxlabel("learning: share of fine-tuning's gain (right is better)", fontsize=10)
         figure.supylabel("forgetting (down is better)", fontsize=10)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
