@@ -29,7 +29,7 @@ METHOD_STYLE = {
     "vanilla_adapter": (PALETTE[2], "D"), "neutral_residues": (PALETTE[0], "o"),
     "block_expansion": (PALETTE[4], "P"), "weight_interpolation": (PALETTE[5], "v"),
     "orthogonal_finetuning": (PALETTE[6], "X"), "gated_lora": (PALETTE[7], "<"),
-    "elastic_weight_consolidation": (PALETTE[8], ">"), "distillation": (PALETTE[9], "*"),
+    "elastic_weight_consolidation": ((0.5, 0.45, 0.0), ">"), "distillation": (PALETTE[9], "p"),
     "recommended": ("black", "h"),
 }  # fmt: skip
 SITE_LABELS = {
@@ -155,7 +155,8 @@ def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figur
                 ax.set_ylim(min(0.0, 1.3 * table[metric].min()), 1.4 * table[metric].max())
                 ax.minorticks_off()
             _percent(ax, y=True)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        if table[by].nunique() > 1:
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -290,7 +291,7 @@ def forgetting_axis(axes: Axes, forgetting: pd.Series[float]) -> None:
     axes.minorticks_off()
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(min(0.0, 1.3 * forgetting.min()), 1.5 * forgetting.max())
-    axes.set_ylabel("forgetting on the original domain\n(down is better)")
+    axes.set_ylabel("forgetting on the original domain\n(down is better; logarithmic above 1%)")
     _percent(axes, x=True, y=True)
 
 

@@ -84,7 +84,7 @@ def at_best_rate(table: pd.DataFrame) -> pd.DataFrame:
 
 def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean over seeds, lowest and highest, of forgetting and learning, and the number of seeds."""
-    grouped = table.groupby(list(by), observed=True)
+    grouped = table.groupby(list(by), observed=True, dropna=False)
     return grouped.agg(
         seeds=("seed", "nunique"),
         forgetting=("forgetting", "mean"),
@@ -98,7 +98,8 @@ def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def readable(summary: pd.DataFrame) -> Styler:
-    """A summary for a page: forgetting and learning in per cent with their range over the seeds, no index."""
+    """A summary for a page: forgetting and learning in per cent with their range over the seeds, right behind what the row
+    is about, so that a narrow screen shows them; no index."""
 
     def percent(metric: str, digits: int) -> pd.Series[str]:
         means, low, high = (100 * summary[f"{metric}{end}"] for end in ("", "_min", "_max"))
@@ -110,7 +111,9 @@ def readable(summary: pd.DataFrame) -> Styler:
     shown = summary.drop(columns=dropped).assign(forgetting=percent("forgetting", 2), learning=percent("learning", 1))
     shown.columns = [column.replace("_", " ") for column in shown]
     settings = shown.loc[:, :"seeds"].select_dtypes("float")
-    return shown.style.format(dict.fromkeys(settings, "{:g}"), precision=4).hide(axis="index")
+    first = [shown.columns[0], "forgetting", "learning"]
+    shown = shown[first + [column for column in shown if column not in first]]
+    return shown.style.format(dict.fromkeys(settings, "{:g}"), precision=4, na_rep="–").hide(axis="index")
 
 
 def machine(rows: pd.DataFrame) -> pd.DataFrame:
