@@ -150,10 +150,9 @@ def dose_response(table: pd.DataFrame, dose: str, by: str, xlabel: str) -> Figur
             ax.set_ylabel(f"{metric} ({'down' if metric == 'forgetting' else 'up'} is better)")
             if metric == "forgetting":
                 if table[metric].max() > 0.03:
-                    ax.set_yscale("symlog", linthresh=0.01)  # linear through zero
-                ax.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
+                    _logarithmic(ax)
+                    ax.set_ylabel("forgetting (down is better; logarithmic above 1%)")
                 ax.set_ylim(min(0.0, 1.3 * table[metric].min()), 1.4 * table[metric].max())
-                ax.minorticks_off()
             _percent(ax, y=True)
         if table[by].nunique() > 1:
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
@@ -213,6 +212,12 @@ def rows(table: pd.DataFrame, by: str, kind: str, order: Sequence[str]) -> Figur
             means = table.groupby(by)[metric].mean()
             ax.scatter(means, [place[name] for name in means.index], marker="|", s=160, color="black", zorder=2)
             ax.set_xlabel(f"{metric} ({'left' if metric == 'forgetting' else 'right'} is better)")
+            if metric == "forgetting" and table[metric].max() > 0.1:
+                _logarithmic(ax, is_x=True)
+                ax.set_xlabel("forgetting (left is better; log from 1%)")
+                ax.set_xlim(min(-0.0005, 1.3 * table[metric].min()), 1.5 * table[metric].max())
+            else:
+                ax.locator_params(axis="x", nbins=5)
             _percent(ax, x=True)
         axes[0].set_yticks(range(len(order)), order)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
@@ -286,13 +291,19 @@ def before_and_after(table: pd.DataFrame, texts: Sequence[str] = ("unseen_origin
 
 
 def forgetting_axis(axes: Axes, forgetting: pd.Series[float]) -> None:
-    axes.set_yscale("symlog", linthresh=0.01)  # linear through zero: forgetting may be negative
-    axes.set_yticks([0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
-    axes.minorticks_off()
+    _logarithmic(axes)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(min(0.0, 1.3 * forgetting.min()), 1.5 * forgetting.max())
     axes.set_ylabel("forgetting on the original domain\n(down is better; logarithmic above 1%)")
     _percent(axes, x=True, y=True)
+
+
+def _logarithmic(axes: Axes, *, is_x: bool = False) -> None:
+    """Linear up to 1% and through zero, since forgetting may be negative, and logarithmic beyond."""
+    set_scale, axis = (axes.set_xscale, axes.xaxis) if is_x else (axes.set_yscale, axes.yaxis)
+    set_scale("symlog", linthresh=0.01)
+    axis.set_ticks([0, 0.005, 0.01, 0.03, 0.1, 0.3, 1.0] if is_x else [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+    axes.minorticks_off()
 
 
 def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
