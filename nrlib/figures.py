@@ -214,7 +214,7 @@ def rows(table: pd.DataFrame, by: str, kind: str, order: Sequence[str]) -> Figur
             ax.set_xlabel(f"{metric} ({'left' if metric == 'forgetting' else 'right'} is better)")
             if metric == "forgetting" and table[metric].max() > 0.1:
                 _logarithmic(ax, is_x=True)
-                ax.set_xlabel("forgetting (left is better; log from 1%)")
+                ax.set_xlabel("forgetting (left is better;\nlogarithmic above 1%)")
                 ax.set_xlim(min(-0.0005, 1.3 * table[metric].min()), 1.5 * table[metric].max())
             else:
                 ax.locator_params(axis="x", nbins=5)

@@ -22,7 +22,7 @@ ROOT = project_directory()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [page for page in sorted((ROOT / "book").glob("*.md")) if "{glue" in page.read_text(encoding="utf-8")]
 # Stated before there were results, and held against the records in test_claims.py: forgotten at most, learned at least.
-GOAL = {0.01, 0.85}
+GOAL = {0.01, 0.85, 0.003, 0.95}  # of the method, and of all that can be added to it
 NUMBER = re.compile(r"(?<![\w.,-])(\d+\.\d+|\d+(?=\s?%))\s?(%?)")
 # Not prose: code, equations, directives' options, roles, targets of links.
 NOT_PROSE = [
