@@ -3,6 +3,12 @@
 Importing nrlib registers the method with PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` know it.
 """
 
+import os
+
+# Before torch is imported: threads that wait actively starve each other on a busy machine, where a small model then takes
+# twenty times as long and more.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from .adapter import GatedAdapter
 from .config import RunConfig, make_config
 from .losses import IGNORED, NEW, ORIGINAL, LocalLoss

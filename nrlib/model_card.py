@@ -17,6 +17,7 @@ OPTIONS = (
     "gate",
     "local_loss",
     "local_loss_weight",
+    "gate_memory",
     "extra_ratio",
     "width",
     "site",

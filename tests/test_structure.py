@@ -116,6 +116,7 @@ def test_the_training_loop_knows_no_files():
 
 
 REGISTRATIONS = {
+    "__init__": {"os.environ.setdefault"},  # how torch's threads wait, which must be said before torch is imported
     "peft_method": {"_extend_peft_types", "register_peft_method"},
 }
 

@@ -75,7 +75,7 @@ def preset_values(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any
 
 def explain_parameters(profile: str) -> str:
     """Every parameter with its value in a profile, what it allows and what it means."""
-    values = flat_values(make_config(profile))
+    values = flat_values(make_config(profile, **preset_values(None, {})))
     lines = []
     for name, field in parameters().items():
         choices, minimum, maximum = (field.metadata.get(key) for key in ("choices", "minimum", "maximum"))
@@ -109,6 +109,8 @@ def extend_and_report(
     with tracker as log:
         record = run_or_load(config, log=log) if folder is None else _run_and_save(config, folder, log)
     report = _report(record, readable_records())
+    if not is_trained:
+        report += "\nloaded:    the run was made before, and nothing was trained"
     if log_to is not None:
         where = f" (tensorboard --logdir {log_directory()})" if log_to == "tensorboard" else ""
         report += f"\nlogged to  {log_to}{where}" if is_trained else "\nnot logged: the run was made before"
@@ -216,7 +218,9 @@ def _report(record: Record, others: list[Record]) -> str:
     if row["learning"] is not None:
         lines.append(f"learning   {row['learning']:.1%} of fine-tuning's gain")
     else:
-        lines.append("learning   needs a fine-tuning to compare with: run the same command with -p method=fine_tuning")
+        lines.append(
+            "learning   needs a fine-tuning to compare with: run the command again, without --save and with --method fine_tuning"
+        )
     lines.append(f"{row['extra_weights']:.1%} extra weights, {row['seconds']:.0f} s of training on {row['device']}")
     folders = (results_directory(), cache_directory() / "records")
     path = next((p for folder in folders if (p := folder / f"{record.run_id}.json").exists()), None)
