@@ -99,19 +99,23 @@ def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 def readable(summary: pd.DataFrame) -> Styler:
     """A summary for a page: forgetting and learning in per cent with their range over the seeds, right behind what the row
-    is about, so that a narrow screen shows them; no index."""
+    is about; no index."""
 
     def percent(metric: str, digits: int) -> pd.Series[str]:
         means, low, high = (100 * summary[f"{metric}{end}"] for end in ("", "_min", "_max"))
         texts = means.map(f"{{:.{digits}f}}%".format)
-        ranges = " (" + low.map(f"{{:.{digits}f}}".format) + " to " + high.map(f"{{:.{digits}f}}".format) + ")"
+        ranges = (
+            " (" + low.map(f"{{:.{digits}f}}".format) + "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}"
+        )  # breaks before the bracket
+        ranges += high.map(f"{{:.{digits}f}}".format) + ")"
         return texts.where(summary["seeds"] == 1, texts + ranges)
 
     dropped = [column for column in summary if column.endswith(("_min", "_max"))]
     shown = summary.drop(columns=dropped).assign(forgetting=percent("forgetting", 2), learning=percent("learning", 1))
     shown.columns = [column.replace("_", " ") for column in shown]
     settings = shown.loc[:, :"seeds"].select_dtypes("float")
-    first = [shown.columns[0], "forgetting", "learning"]
+    by = [column for column in shown.loc[:, :"seeds"].columns[:-1] if column != "learning rate"]
+    first = [*by, "forgetting", "learning"]
     shown = shown[first + [column for column in shown if column not in first]]
     return shown.style.format(dict.fromkeys(settings, "{:g}"), precision=4, na_rep="–").hide(axis="index")
 
