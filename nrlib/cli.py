@@ -170,6 +170,13 @@ def extend(
     ] = None,
     profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Save the extended model here.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Of the texts, for the model card; may be repeated.", show_default=False),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="For the model card, as on the hub: apache-2.0, cc-by-sa-4.0, …")
+    ] = None,
     parallel: Annotated[Parallel | None, typer.Option(help=_PARALLEL_HELP, show_default=False)] = None,
     log_to: Annotated[
         str | None, typer.Option(metavar="TRACKER", help=f"Log every step to one of {', '.join(TRACKERS)}.")
@@ -200,7 +207,7 @@ def extend(
     changes = command.merge_changes(named, split_assignments(parameter))
     changes = command.preset_values(preset, changes) | changes
     with processes(parallel.value if parallel else ""):
-        report = command.extend_and_report(profile, changes, save, log_to)
+        report = command.extend_and_report(profile, changes, save, log_to, language, license)
         if is_first_process():
             typer.echo(report)
 

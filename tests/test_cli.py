@@ -282,6 +282,7 @@ def test_extend_saves_a_model_that_loads_with_the_measured_logits(tmp_path, monk
         "vocabulary_size=300",
     )
     options = [text for pair in tiny for text in ("-p", pair)]
+    options += ["--language", "la", "--language", "it", "--license", "cc-by-4.0"]
     result = call("extend", "--profile", "smoke", "--method", method, "--save", str(folder), *options)
     assert result.exit_code == 0, (result.output, result.exception)
     (record,) = (tmp_path / "cache" / "records").glob("*.json")
@@ -302,6 +303,7 @@ def test_extend_saves_a_model_that_loads_with_the_measured_logits(tmp_path, monk
         card = (folder / "README.md").read_text(encoding="utf-8")
         row = json.loads(record.read_text(encoding="utf-8"))["results"]
         assert f"{row['forgetting']['unseen_original']:.2%}" in card and "`synthetic:borealic`" in card
+        assert "license: cc-by-4.0" in card and "- la" in card and "- it" in card
         assert f" {row['backbone_bits_per_byte']['new']:.3f} | {row['bits_per_byte']['new']:.3f} |" in card
         monkeypatch.chdir(folder.rename(tmp_path / "moved"))
         names: dict = {}
@@ -418,3 +420,13 @@ def test_reproduce_uses_texts_of_the_cache_but_nothing_trained(tmp_path, monkeyp
         assert [path.name for path in cache.iterdir()] == ["tokens"] and (cache / "tokens" / "a.npy").exists()
     assert (tmp_path / "cache" / "tokens" / "a.npy").exists() and not cache.exists()
     assert reproduce.cache_directory() == tmp_path / "cache" and os.environ["NRLIB_EXECUTOR"] == "tcp://127.0.0.1:9"
+
+
+def test_a_licence_without_a_model_to_save_is_said_to_be_of_no_use():
+    result = call("extend", "--profile", "smoke", "--license", "mit")
+    assert result.exit_code != 0 and "--save FOLDER" in result.output
+
+
+def test_a_card_names_files_without_the_path_of_one_machine():
+    assert extend._without_path("file:/home/ada/texts/french/*.txt") == "file:french/*.txt"
+    assert extend._without_path("debian-docs:en/manpages") == "debian-docs:en/manpages"

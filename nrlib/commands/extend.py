@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,9 +88,23 @@ def explain_parameters(profile: str) -> str:
 
 
 def extend_and_report(
-    profile: str, changes: Mapping[str, Any], folder: Path | None = None, log_to: str | None = None
+    profile: str,
+    changes: Mapping[str, Any],
+    folder: Path | None = None,
+    log_to: str | None = None,
+    language: Sequence[str] | None = None,
+    license: str | None = None,
 ) -> str:
-    """Check everything, then make or load the run, save the model if a folder is given, and say what came out."""
+    """Check everything, then make or load the run, save the model if a folder is given, and say what came out.
+
+    Parameters
+    ----------
+    language, license : for the card of a model that is saved.
+    """
+    if folder is None and (language or license):
+        raise ConfigError(
+            "--language and --license go into the card of a saved model. Say where to save it: --save FOLDER."
+        )
     if log_to is not None:
         check_tracker(log_to)
     config = make_config(profile, **{name: absolute_path(name, value) for name, value in changes.items()})
@@ -107,7 +122,9 @@ def extend_and_report(
     is_trained = folder is not None or stored_record(config) is None
     tracker = tracking(log_to, config.run_id, flat_values(config)) if log_to and is_trained else nullcontext()
     with tracker as log:
-        record = run_or_load(config, log=log) if folder is None else _run_and_save(config, folder, log)
+        record = (
+            run_or_load(config, log=log) if folder is None else _run_and_save(config, folder, log, language, license)
+        )
     report = _report(record, readable_records())
     if not is_trained:
         report += "\nloaded:    the run was made before, and nothing was trained"
@@ -117,7 +134,9 @@ def extend_and_report(
     return report if folder is None else f"{report}\n{_how_to_load(config, folder)}"
 
 
-def _run_and_save(config: RunConfig, folder: Path, log: Log | None) -> Record:
+def _run_and_save(
+    config: RunConfig, folder: Path, log: Log | None, language: Sequence[str] | None, license: str | None
+) -> Record:
     """Like `run_or_load`, but a stored record does not spare the training: the model is wanted."""
     from ..backbone import delete_checkpoint
     from ..distributed import is_first_process, whole_weights
@@ -129,7 +148,9 @@ def _run_and_save(config: RunConfig, folder: Path, log: Log | None) -> Record:
     weights = whole_weights(model)
     if not is_first_process():
         return record
-    _save(model, weights, record, prepare_text(config.data, config.backbone), folder)
+    details = _card_details(record)
+    details = replace(details, language=language or details.language, license=license)
+    _save(model, weights, record, prepare_text(config.data, config.backbone), folder, details)
     if stored_record(config) is None:
         save_record(record)
     delete_checkpoint(config.run_id)
@@ -137,7 +158,12 @@ def _run_and_save(config: RunConfig, folder: Path, log: Log | None) -> Record:
 
 
 def _save(
-    model: nn.Module, weights: dict[str, Tensor] | None, record: Record, text: PreparedText, folder: Path
+    model: nn.Module,
+    weights: dict[str, Tensor] | None,
+    record: Record,
+    text: PreparedText,
+    folder: Path,
+    details: CardDetails,
 ) -> None:
     """Adapter (or, after fine-tuning, model), tokenizer and configuration; a backbone that was trained here lies beside
     them with its tokenizer. The trained weights are given if the model is sharded."""
@@ -162,7 +188,7 @@ def _save(
         model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=weights)
         options = model.peft_config["default"]
         if isinstance(options, NeutralResiduesConfig):
-            write_model_card(options, temporary, _card_details(record))
+            write_model_card(options, temporary, details)
 
 
 def _card_details(record: Record) -> CardDetails:
@@ -180,14 +206,20 @@ def _card_details(record: Record) -> CardDetails:
     return CardDetails(
         language=sorted(languages),
         bits_per_byte=[
-            (meaning, row[role], before[name], after[name])
+            (meaning, _without_path(row[role]), before[name], after[name])
             for name, (meaning, role) in _MEANING.items()
             if name in after
         ],
         forgetting=row["forgetting"],
         learning=row["learning"],
-        corpora={role.replace("_", " "): spec for role, spec in specs.items()},
+        corpora={role.replace("_", " "): _without_path(spec) for role, spec in specs.items()},
     )
+
+
+def _without_path(spec: str) -> str:
+    """A corpus as a card names it: of a path the last folder and the files, since the rest is this machine's own."""
+    kind, _, rest = spec.partition(":")
+    return f"file:{'/'.join(Path(rest).parts[-2:])}" if kind == "file" else spec
 
 
 def _how_to_load(config: RunConfig, folder: Path) -> str:
