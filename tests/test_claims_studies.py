@@ -7,23 +7,15 @@ from nrlib import experiments, tables
 from nrlib.evaluation import learning
 from nrlib.profiles import PRESETS
 from nrlib.records import published_records
-from nrlib.storage import project_directory
 from nrlib.studies.gates import gate_activity
 from nrlib.studies.new_tokens import new_tokens
 from nrlib.study import published_studies
 
-RESULTS = project_directory() / "data" / "results"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def published(request):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NRLIB_RESULTS", str(RESULTS))
-    request.addfinalizer(patch.undo)
+pytestmark = pytest.mark.usefixtures("published_results")
 
 
 @pytest.fixture(scope="module")
-def records(published):
+def records(published_results):
     return {record.run_id: record for record in published_records()}
 
 
@@ -32,7 +24,7 @@ def select(records, configs):
 
 
 @pytest.fixture(scope="module")
-def gates(published):
+def gates(published_results):
     """A row for each kind of gate, seed and layer."""
     studies = [study for study in published_studies(gate_activity) if study["local_loss_weight"] == 5.0]
     table = pd.DataFrame(
@@ -63,7 +55,7 @@ def test_no_unit_is_kept_for_the_old_language(gates):
     assert new["relu"] > 0.97 and new["memory"] > 0.97 and new["elu"] < 0.85
 
 
-def test_under_elu_one_direction_stands_out(published):
+def test_under_elu_one_direction_stands_out():
     second = pd.DataFrame(
         {"gate": s["gate"], "value": values[1]}
         for s in published_studies(gate_activity)
@@ -75,7 +67,7 @@ def test_under_elu_one_direction_stands_out(published):
 
 
 @pytest.fixture(scope="module")
-def extended(published, records):
+def extended(records):
     """Forgetting and learning of every study of new tokens; learning is over fine-tuning without new tokens."""
     lengths = {False: experiments.references("laptop"), True: experiments.recommended("laptop", [0, 1, 2], [0], 3.0)}
     fine_tuned = {
