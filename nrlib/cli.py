@@ -274,7 +274,7 @@ def plan(
         str, typer.Option(help="h200, h100, a100, rtx4090, cpu, or 'tflops=…,memory=…GB,utilisation=…,bandwidth=…GB'.")
     ] = "h100",
     parameter: Assignments = [],  # noqa: B006  (typer copies it)
-    profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "paper",
+    profile: Annotated[str, typer.Option(help=f"Where all other values come from. {_PROFILE_HELP}")] = "laptop",
     format: Annotated[Format, typer.Option(help="json: one object.")] = Format.table,
 ) -> None:
     """Say what a run would cost: adapter widths, weights, memory by part, arithmetic, hours.
@@ -297,20 +297,25 @@ def plan(
 def records(
     format: Annotated[Format, typer.Option(help="json: one object a line.")] = Format.table,
     notebook: Annotated[str, typer.Option(help="Only the runs this notebook asked for first.")] = "",
+    own: Annotated[bool, typer.Option("--own", help="Your own runs, not the published ones.")] = False,
 ) -> None:
-    """Print the published records.
+    """Print the published records, or those of your own runs.
 
     \b
     Examples:  nrlib records
+               nrlib records --own
                nrlib records --format json | jq .forgetting
     """
-    from .records import published_records
-    from .tables import flat_records
+    from .records import own_records, published_records
+    from .tables import differing_settings, flat_records
 
-    rows = flat_records(list(published_records()))
+    published = list(published_records())
+    rows = flat_records(own_records(), published) if own else flat_records(published)
     names = sorted({row["notebook"] for row in rows})
     if rows and notebook not in ("", *names):
-        raise ConfigError(f"No published run was asked for by a notebook {notebook!r}. There are: {', '.join(names)}.")
+        raise ConfigError(
+            f"None of these runs was asked for by a notebook {notebook!r}. There are: {', '.join(names)}."
+        )
     rows = [row for row in rows if notebook in ("", row["notebook"])]
     if format is Format.json:
         for row in rows:
@@ -318,11 +323,10 @@ def records(
     elif rows:
         import pandas as pd
 
-        columns = ["run_id", "notebook", "method", "seed", "learning_rate", "mix_ratio", "gate", "local_loss"]
-        columns += ["local_loss_weight", "position", "site", "layers", "forgetting", "learning", "seconds"]
+        columns = ["run_id", "notebook", "forgetting", "learning", "seconds", *differing_settings(rows)]
         typer.echo(pd.DataFrame(rows)[columns].to_string(index=False))
     else:
-        typer.echo("No published records.", err=True)
+        typer.echo("No runs of your own yet." if own else "No published records.", err=True)
 
 
 @app.command()

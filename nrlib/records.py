@@ -155,12 +155,20 @@ def read_record(path: Path) -> Record:
 
 
 def readable_records() -> list[Record]:
-    """All records of this version, published and cached."""
+    """All records of this version, published and the reader's own."""
+    return [*_readable(results_directory()), *own_records()]
+
+
+def own_records() -> list[Record]:
+    """Records of runs that were made here and not published, those of this version; the oldest first."""
+    return sorted(_readable(cache_directory() / "records"), key=lambda record: record.provenance["created"])
+
+
+def _readable(folder: Path) -> list[Record]:
     found = []
-    for folder in (results_directory(), cache_directory() / "records"):
-        for path in sorted(folder.glob("*.json")):
-            with contextlib.suppress(RecordError):
-                found.append(read_record(path))
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(RecordError):
+            found.append(read_record(path))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .config import RunConfig, make_config
+from .config import RunConfig, make_config, parameters
 from .evaluation import learning
 from .profiles import ALL_METHODS, STRENGTHS
 from .records import Record
@@ -51,6 +51,11 @@ def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -
         keys = ("seconds", "device", "precision", "peak_memory_mb", "git_commit", "is_dirty", "created")
         rows.append(row | {key: provenance[key] for key in keys})
     return rows
+
+
+def differing_settings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the parameters that are not the same in all of these flat records."""
+    return [name for name in parameters() if len({row[name] for row in rows if name in row}) > 1]
 
 
 def results_table(records: Sequence[Record], references: Iterable[Record] = ()) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ PREPARATION_VERSION = 1
 # The held-out texts every run is measured on. Settings (the learning rate) are chosen on the validation texts only.
 TEST_SETS = ("unseen_original", "proxy", "new")
 VALIDATION_SETS = ("unseen_original_validation", "new_validation")
+SMALL_TEST_BYTES = 50_000  # fewer are accepted with a warning
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def prepare_text(data: DataConfig, backbone: BackboneConfig, progress: bool = Tr
     }
     if "proxy" in corpora:
         held_out["proxy"] = _first(_pick(original.test, chosen["proxy"]), n_bytes)
+    _warn_of_small_tests({name: documents for name, documents in held_out.items() if name in TEST_SETS}, n_bytes)
 
     def stream(documents: Sequence[Document], name: str) -> TokenStream:
         return tokenise(documents, tokenizer, name, progress)
@@ -185,6 +188,17 @@ def _first(documents: Sequence[Document], n_bytes: int) -> list[Document]:
         chosen.append(Document(document.id, document.source, "\n\n".join(paragraphs), document.licence))
         total += length
     return chosen
+
+
+def _warn_of_small_tests(tests: dict[str, list[Document]], n_bytes: int) -> None:
+    for name, documents in tests.items():
+        found = sum(len(document.text.encode()) for document in documents)
+        if found < 0.9 * min(n_bytes, SMALL_TEST_BYTES):  # whole paragraphs are chosen, so a few bytes may lack
+            warnings.warn(
+                f"The test text of {name} has {found:,} bytes in {len(documents)} documents: differences of a few per cent "
+                f"may be chance. {SMALL_TEST_BYTES:,} bytes and more tell more; 5% of a corpus's documents go to its test text.",
+                stacklevel=3,
+            )
 
 
 def _share(documents: Sequence[Document], ratio: float) -> Sequence[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ from nrlib.machine import explained_shortage
 from nrlib.runs import run_or_load
 from nrlib.storage import atomic_directory, atomic_path, cache_directory
 from nrlib.sweep import sweep
+from nrlib.texts import prepare_text
 
 
 def refuse(*_, **__):
@@ -331,3 +333,11 @@ def test_other_errors_in_training_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shapes") as caught, explained_shortage(4, 32):
         raise RuntimeError("shapes cannot be multiplied")
     assert not isinstance(caught.value, NrlibError)
+
+
+def test_a_test_text_of_a_few_bytes_is_accepted_with_a_warning(small_config, tmp_path):
+    lines = [json.dumps({"id": f"page {n}", "text": f"page {n} says {n * n} and {n**3}, no more"}) for n in range(300)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = small_config(new_domain=f"file:{tmp_path}/few.jsonl", n_evaluation_bytes=5_000)
+    with pytest.warns(UserWarning, match=r"test text of new has \d+ bytes in \d+ documents"):
+        prepare_text(config.data, config.backbone, progress=False)

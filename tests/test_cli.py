@@ -331,9 +331,21 @@ def test_records_as_json_are_one_complete_object_a_line(monkeypatch):
     assert "fine_tuning" in call("records").stdout
 
 
+def test_the_table_of_records_shows_what_differs_and_ones_own_runs_apart(monkeypatch):
+    publish(monkeypatch, make_record("fine_tuning"))
+    save_record(make_record(new=2.5))
+    assert "neutral_residues" not in call("records").stdout
+    own = call("records", "--own").stdout.splitlines()
+    assert len(own) == 2 and own[0].split() == ["run_id", "notebook", "forgetting", "learning", "seconds"]
+    assert "0.75" in own[1]  # the published fine-tuning is what its learning is measured by
+    save_record(make_record(gate_memory=4))
+    assert call("records", "--own").stdout.splitlines()[0].split()[-1] == "gate_memory"
+
+
 def test_without_records_the_json_is_empty():
     result = call("records", "--format", "json")
     assert (result.exit_code, result.stdout) == (0, "")
+    assert "No runs of your own" in call("records", "--own").stderr
 
 
 def test_corpora_describes_a_corpus():
@@ -430,3 +442,8 @@ def test_a_licence_without_a_model_to_save_is_said_to_be_of_no_use():
 def test_a_card_names_files_without_the_path_of_one_machine():
     assert extend._without_path("file:/home/ada/texts/french/*.txt") == "file:french/*.txt"
     assert extend._without_path("debian-docs:en/manpages") == "debian-docs:en/manpages"
+
+
+def test_the_settings_beside_a_model_do_not_describe_a_backbone_that_has_a_name():
+    assert extend._settings(make_config("smoke", backbone_name="gpt2"))["backbone"] == {"backbone_name": "gpt2"}
+    assert extend._settings(make_config("smoke")) == make_config("smoke").to_dict()

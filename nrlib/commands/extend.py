@@ -175,7 +175,7 @@ def _save(
     config = record.run_config
     with atomic_directory(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
-        (temporary / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG_FILE).write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
         if not config.backbone.backbone_name:
             get_backbone(config, text, progress=False).save_pretrained(temporary / BACKBONE_FOLDER)
             text.tokenizer.save_pretrained(temporary / BACKBONE_FOLDER)
@@ -189,6 +189,14 @@ def _save(
         options = model.peft_config["default"]
         if isinstance(options, NeutralResiduesConfig):
             write_model_card(options, temporary, details)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The configuration; of a backbone given by name its name alone, since the other fields describe one trained here."""
+    settings = config.to_dict()
+    if config.backbone.backbone_name:
+        settings["backbone"] = {"backbone_name": config.backbone.backbone_name}
+    return settings
 
 
 def _card_details(record: Record) -> CardDetails:

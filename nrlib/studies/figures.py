@@ -91,27 +91,26 @@ def planes(table: pd.DataFrame, panel: str, kind: str) -> Figure:
 
 
 def ends(stages: pd.DataFrame, languages: Sequence[str]) -> Figure:
-    """Bits per byte at the end of each way of teaching several languages, one panel a text, each seed a point."""
-    last = stages[stages["after"] != "backbone"].copy()
-    n_stages = last.groupby(["method", "way"], sort=False)["after"].transform(lambda names: names.unique()[-1])
-    last = last[last["after"] == n_stages]
-    last["row"] = last["method"] + ", " + last["way"]
-    place = {name: -index for index, name in enumerate(dict.fromkeys(last["row"]))}
+    """Bits per byte at the end of each way of teaching several languages, one panel a text, each seed a point; a line
+    where the backbone is."""
     before = stages[stages["after"] == "backbone"].iloc[0]
+    ends = stages.groupby(["kind", "way", "seed"], sort=False).tail(1)
+    rows = ends["kind"].map(LABELS).str.removesuffix(", recommended") + ", " + ends["way"]
+    place = {name: -index for index, name in enumerate(dict.fromkeys(rows))}
     with mpl.rc_context(STYLE):
-        figure = Picture(figsize=(9.4, 0.4 * len(place) + 1.0), layout="constrained")
-        for index, (ax, text) in enumerate(
-            zip(figure.subplots(1, 1 + len(languages), sharey=True), ["original", *languages], strict=True)
-        ):
-            for kind, (_, group) in enumerate(last.groupby("method", sort=False)):
+        figure = Picture(figsize=(9.4, 0.4 * len(place) + 1.2), layout="constrained")
+        axes = figure.subplots(1, 1 + len(languages), sharey=True)
+        for ax, text in zip(axes, ["old language", *languages], strict=True):
+            for kind, group in ends.groupby("kind", sort=False):
+                color, marker = METHOD_STYLE[str(kind)]
                 ax.scatter(
-                    group[text], group["row"].map(place), color=PALETTE[kind], marker=MARKERS[kind], s=36,
-                    edgecolor="white", linewidth=0.5, zorder=3,
+                    group[text], rows[group.index].map(place), color=color, marker=marker, s=40, edgecolor="white",
+                    linewidth=0.5, zorder=3,
                 )  # fmt: skip
-            if index == 0:
-                ax.axvline(before[text], color="black", linewidth=1)
-                ax.annotate("backbone", (before[text], 0.6), fontsize=8, ha="left")
-            ax.set_xlabel(f"{'old language' if text == 'original' else text}, bits per byte")
-            ax.set_ylim(min(place.values()) - 0.5, 0.9)
+            ax.axvline(before[text], color="black", linewidth=1, linestyle=":")
+            ax.annotate("backbone", (before[text], 0.55), fontsize=8, ha="center", backgroundcolor="white")
+            ax.margins(x=0.15)
+            ax.set(xlabel=text, ylim=(min(place.values()) - 0.5, 0.9))
             ax.set_yticks(list(place.values()), list(place))
+        figure.supxlabel("bits per byte of held-out text (left is better)", fontsize=10)
     return figure
