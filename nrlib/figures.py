@@ -91,7 +91,7 @@ def fronts(table: pd.DataFrame) -> Figure:
     settings = ["method", "learning_rate", "strength"]
     means = table.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
     with mpl.rc_context(STYLE):
-        figure = Picture(figsize=(8.8, 6.0), layout="constrained")
+        figure = Picture(figsize=(7.2, 6.2), layout="constrained")
         axes = figure.subplots()
         for method, group in means.groupby("method", observed=True):
             color, marker = METHOD_STYLE[str(method)]

@@ -1,11 +1,12 @@
 """A Sphinx extension: what a reader needs and the theme lacks.
 
-The PDF of the whole book among the downloads of every page; lists and folding menus that screen readers understand; and no
+The PDF of the whole book among the downloads of every page; pictures that open alone, to be enlarged on a phone; lists and folding menus that screen readers understand; and no
 loader of code from another host, which Jupyter Book puts on every page and this book never starts.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -13,6 +14,7 @@ from lxml import html
 from sphinx.application import Sphinx
 
 _LOADER = "thebe"
+_PICTURE = re.compile(r'(<a [^>]*>\s*)?(<img [^>]*src="([^"]*_images/[^"]*)"[^>]*>)')
 
 
 def drop_loader(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
@@ -60,6 +62,16 @@ def nest_lists(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["body"] = "".join(html.tostring(child, encoding="unicode") for child in body)
 
 
+def link_pictures(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Let every picture that is no link yet open alone, where a phone enlarges it; paper has no use for that."""
+    if app.builder.name == "html" and "body" in context:
+        context["body"] = _PICTURE.sub(
+            lambda m: m[0] if m[1] else f'<a class="picture" href="{m[3]}">{m[2]}</a>', context["body"]
+        )
+
+
 def visit_citation(self: Any, node: nodes.citation) -> None:
     """An entry of the list of references: docutils' own role is deprecated, and its list may not hold it."""
     if not isinstance(node.previous_sibling(), nodes.citation):
@@ -80,4 +92,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", offer_pdf, priority=900)
     app.connect("html-page-context", name_menus, priority=900)
     app.connect("html-page-context", nest_lists, priority=900)
+    app.connect("html-page-context", link_pictures, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
