@@ -17,7 +17,7 @@ from .config import RunConfig, flat_values, make_config
 from .errors import ConfigError
 from .notebooks import find_notebook, list_notebooks, read_parameters
 from .profiles import ALL_METHODS, FIXED_BY_METHOD, PRESETS, STRENGTHS
-from .records import Record
+from .records import Record, pages_of_runs
 from .storage import fingerprint
 from .tables import flat_records
 
@@ -95,12 +95,13 @@ def notebook_commands(records: Iterable[Record]) -> dict[str, dict[str, str]]:
 
 def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One flat dictionary a run, for download: the columns of `flat_records`, a held-out text a column, the setting the
-    run is a seed of, and its command."""
-    rows = []
+    run is a seed of, the notebooks of this build that show it, and its command."""
+    rows, pages = [], pages_of_runs()
     for record, row in zip(records, flat_records(records), strict=True):
         for name in ("bits_per_byte", "backbone_bits_per_byte"):
             row |= {f"{name}_{text}": value for text, value in row.pop(name).items()}
-        rows.append(row | {"setting": setting_id(record.run_config), "command": extend_command(record.run_config)})
+        shown = {"setting": setting_id(record.run_config), "pages": " ".join(pages.get(record.run_id, ()))}
+        rows.append(row | shown | {"command": extend_command(record.run_config)})
     return rows
 
 

@@ -178,24 +178,38 @@ def published_records() -> Iterator[Record]:
         yield read_record(path)
 
 
-def write_counts(**run_ids: Sequence[str]) -> None:
-    """Note which runs were loaded, trained or failed, for the summary at the end of a build."""
+def write_counts(*, notebook: str = "", **run_ids: Sequence[str]) -> None:
+    """Note which runs were loaded, trained or failed, and for which notebook: a build sums them up, and its explorer names
+    the pages that show a run."""
     path = _counts_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(run_ids) + "\n")
+        handle.write(json.dumps({"notebook": notebook, **run_ids}) + "\n")
 
 
 def read_counts() -> dict[str, int]:
     """Different runs loaded, trained and failed since the counts were last deleted; one that was trained and then loaded
     by the next notebook counts as trained."""
     found: dict[str, set[str]] = {"loaded": set(), "trained": set(), "failed": set()}
-    if _counts_path().exists():
-        for line in _counts_path().read_text(encoding="utf-8").splitlines():
-            for outcome, run_ids in json.loads(line).items():
-                found[outcome] |= set(run_ids)
+    for line in _counted():
+        for outcome in found:
+            found[outcome] |= set(line.get(outcome, ()))
     found["loaded"] -= found["trained"]
     return {outcome: len(run_ids) for outcome, run_ids in found.items()}
+
+
+def pages_of_runs() -> dict[str, list[str]]:
+    """The notebooks that asked for each run since the counts were last deleted, by the run's name."""
+    pages: dict[str, set[str]] = {}
+    for line in _counted():
+        for run_id in [*line.get("loaded", ()), *line.get("trained", ())]:
+            pages.setdefault(run_id, set()).add(line["notebook"])
+    return {run_id: sorted(names - {""}) for run_id, names in pages.items()}
+
+
+def _counted() -> list[dict[str, Any]]:
+    path = _counts_path()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _counts_path() -> Path:

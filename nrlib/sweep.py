@@ -86,7 +86,8 @@ def sweep(
                 bar.set_postfix_str(f"{len(failures)} failed" if failures else run_id)
             bar.close()
     trained = {run_id for run_id in records if run_id in {config.run_id for config in missing}}
-    write_counts(loaded=sorted(records.keys() - trained), trained=sorted(trained), failed=sorted(failures))
+    loaded = sorted(records.keys() - trained)
+    write_counts(notebook=notebook, loaded=loaded, trained=sorted(trained), failed=sorted(failures))
     print(f"{n_loaded} runs loaded, {len(trained)} trained" + (f", {len(failures)} failed" if failures else ""))
     if failures:
         lines = "\n".join(f"  {run_id}: {type(error).__name__}: {error}" for run_id, error in failures.items())

@@ -25,7 +25,7 @@ from nrlib.explorer import DIALS, explorer_data, extend_command, run_rows, setti
 from nrlib.figures import METHOD_STYLE
 from nrlib.pages import check_pages
 from nrlib.profiles import ALL_METHODS, FIXED_BY_METHOD
-from nrlib.records import published_records
+from nrlib.records import published_records, write_counts
 from nrlib.storage import project_directory
 
 ROOT = project_directory()
@@ -74,6 +74,14 @@ def positions(setting):
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_name_the_pages_of_a_build_that_show_the_run(records, monkeypatch, tmp_path):
+    monkeypatch.setenv("NRLIB_COUNTS", str(tmp_path / "runs.jsonl"))
+    assert {row["pages"] for row in run_rows(records[:2])} == {""}
+    write_counts(notebook="methods", loaded=[records[0].run_id, records[1].run_id])
+    write_counts(notebook="data_mixing", trained=[records[0].run_id])
+    assert [row["pages"] for row in run_rows(records[:3])] == ["data_mixing methods", "methods", ""]
 
 
 def test_rows_equal_the_records(records):

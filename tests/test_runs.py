@@ -324,9 +324,10 @@ def test_a_sweep_trains_what_is_missing_in_threads(small_config):
         found = sweep(configs, notebook="methods", executor=executor, progress=False)
     assert [r.run_config for r in found] == configs and found[0] == found[2] != found[1]
     assert counts() == {"loaded": 0, "trained": 2, "failed": 0}
-    again = sweep(configs, executor=None, progress=False)  # nothing is missing, so that no pool is started
+    again = sweep(configs, notebook="rivals", progress=False)  # nothing is missing, so that no pool is started
     assert again == found and {r.notebook for r in again} == {"methods"}
     assert counts() == {"loaded": 0, "trained": 2, "failed": 0}  # two different runs, whoever asked for them
+    assert records.pages_of_runs() == {config.run_id: ["methods", "rivals"] for config in configs}
 
 
 @pytest.mark.parametrize("executor", [None, Inline()], ids=["here", "executor"])
