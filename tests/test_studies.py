@@ -9,11 +9,14 @@ from sklearn.metrics import roc_auc_score
 
 import nrlib
 from nrlib.batches import TokenStream
+from nrlib.config import make_config
 from nrlib.errors import ConfigError
+from nrlib.peft_method import active_adapters
 from nrlib.profiles import ALL_METHODS
 from nrlib.studies.gates import area_under_curve, gate_activity, read_gates
 from nrlib.studies.inference_cost import WITHOUT_COST, inference_cost
-from nrlib.studies.several_languages import WAYS, several_languages
+from nrlib.studies.several_languages import WAYS, _stack_adapter, _with_earlier, several_languages
+from nrlib.texts import PreparedText
 
 LANGUAGES = ["synthetic:borealic", "synthetic:cinnabar"]
 
@@ -50,7 +53,7 @@ def test_gates_of_a_trained_model_tell_the_languages_apart():
 @pytest.mark.slow
 def test_ways_of_learning_two_languages_agree_on_their_first_step():
     """One adapter and an adapter each are the same thing as long as there is one language."""
-    after, each = (several_languages("smoke", LANGUAGES, way, "neutral_residues", 0)["stages"] for way in WAYS[::2])
+    after, each = (several_languages("smoke", LANGUAGES, way, "neutral_residues", 0)["stages"] for way in WAYS[:3:2])
     assert [stage["stage"] for stage in after] == [stage["stage"] for stage in each] == ["backbone", *LANGUAGES]
     assert after[:2] == each[:2] and after[2] != each[2]
     # the second language is learned in both, the first is not lost, the original hardly moves
@@ -59,6 +62,35 @@ def test_ways_of_learning_two_languages_agree_on_their_first_step():
         assert second[LANGUAGES[1]] < 0.9 * backbone[LANGUAGES[1]]
         assert second[LANGUAGES[0]] < 0.9 * backbone[LANGUAGES[0]]
         assert second["original"] < 1.05 * backbone["original"] < 1.05 * first["original"] * 1.05
+
+
+@pytest.mark.slow
+def test_replay_in_turn_keeps_the_first_language_in_a_fine_tuned_model():
+    without, replayed = (several_languages("smoke", LANGUAGES, way, "fine_tuning", 0)["stages"] for way in WAYS[::3])
+    assert without[:2] == replayed[:2]
+    assert replayed[2][LANGUAGES[0]] < 0.8 * without[2][LANGUAGES[0]]
+
+
+def test_adapters_for_one_more_language_change_nothing_at_first_and_are_alone_trained(tiny_model):
+    model = get_peft_model(tiny_model(), nrlib.NeutralResiduesConfig(extra_ratio=0.2)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.05)
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        before = model(tokens).logits
+        _stack_adapter(model, make_config("smoke", new_domain="synthetic:cinnabar"))
+        torch.testing.assert_close(model(tokens).logits, before)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".synthetic_cinnabar." in name for name in trained)
+    assert len(active_adapters(model)) == 2 * 3
+
+
+def test_the_mix_holds_as_much_of_each_earlier_language_as_of_the_old_one():
+    streams = [TokenStream(torch.full((n,), i).numpy().astype("int32"), 3 * n) for i, n in enumerate((50, 30, 40))]
+    old, first, second = (PreparedText(None, streams[0], streams[0], stream, {}, {}) for stream in streams)
+    mixed = _with_earlier(old, [first, second]).proxy
+    assert torch.bincount(torch.from_numpy(mixed.tokens)).tolist() == [30, 30, 30]
+    assert _with_earlier(old, []) is old
 
 
 @pytest.mark.parametrize(("way", "method"), [("at random", "neutral_residues"), ("an adapter each", "fine_tuning")])

@@ -1,4 +1,5 @@
-"""Several new languages in one model: all at once, one after the other, or each in an adapter of its own.
+"""Several new languages in one model: all at once, one after the other, each in an adapter of its own, or in turn with the
+text of the earlier ones mixed in.
 
 The backbone is the experiments' own. Every language gets as many training tokens as a run of one language has, so that
 the ways differ in order and in weights, not in work.
@@ -7,10 +8,11 @@ the ways differ in order and in weights, not in work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from ..backbone import get_backbone
@@ -19,13 +21,14 @@ from ..config import RunConfig
 from ..errors import ConfigError
 from ..evaluation import bits_per_byte
 from ..experiments import arm
+from ..machine import seeded
 from ..methods import apply_method
 from ..profiles import PRESETS
 from ..runs import make_batches
 from ..texts import PreparedText, prepare_text
 from ..training import train
 
-WAYS = ("one after the other", "all at once", "an adapter each")
+WAYS = ("one after the other", "all at once", "an adapter each", "in turn with replay")
 
 
 def several_languages(profile: str, languages: Sequence[str], way: str, method: str, seed: int) -> dict[str, Any]:
@@ -35,6 +38,8 @@ def several_languages(profile: str, languages: Sequence[str], way: str, method: 
     ----------
     languages : corpora of the new domains, in the order in which they are learned.
     way : one of WAYS. 'an adapter each' trains adapters apart and adds up their residues: each token's gates decide.
+        'in turn with replay' mixes the text of earlier languages in with that of the original domain, an equal share of each;
+        methods with adapters add one for each language, which learns to be silent on all that came before it.
     method : 'neutral_residues', as recommended, or any other; only methods with adapters can go 'an adapter each'.
 
     Returns
@@ -73,19 +78,26 @@ def several_languages(profile: str, languages: Sequence[str], way: str, method: 
     elif way == "all at once":
         _teach(model, configs[0], _pooled_batches(configs, texts))
         stages.append(measure("all", model))
-    else:
+    elif way == "an adapter each":
         _teach(model, configs[0], make_batches(configs[0], texts[0]))
         stages.append(measure(languages[0], model))
         for config, text in zip(configs[1:], texts[1:], strict=True):
             _add_adapter(model, config, text)
             stages.append(measure(config.data.new_domain, model))
+    else:
+        for index, (config, text) in enumerate(zip(configs, texts, strict=True)):
+            if index and isinstance(model, PeftModel):
+                _stack_adapter(model, config)
+            _teach(model, config, make_batches(config, _with_earlier(text, texts[:index])), n_adapters=1 + index)
+            stages.append(measure(config.data.new_domain, model))
     return {"stages": stages}
 
 
-def _teach(model: nn.Module, config: RunConfig, batches: MixedBatches) -> None:
+def _teach(model: nn.Module, config: RunConfig, batches: MixedBatches, n_adapters: int = 1) -> None:
     method = config.method
     train(
-        model, batches, config.training, local_loss=method.local_loss, local_loss_weight=method.local_loss_weight,
+        model, batches, config.training, local_loss=method.local_loss,
+        local_loss_weight=n_adapters * method.local_loss_weight,  # the local loss is a mean over all active adapters
         description=config.run_id, progress=False,
     )  # fmt: skip
 
@@ -103,12 +115,36 @@ def _pooled_batches(configs: Sequence[RunConfig], texts: Sequence[PreparedText])
     )  # fmt: skip
 
 
+def _with_earlier(text: PreparedText, earlier: Sequence[PreparedText]) -> PreparedText:
+    """The text with a proxy that holds as much of each earlier language as of the original domain."""
+    if not earlier or text.proxy is None:
+        return text
+    parts = [text.proxy, *(other.new for other in earlier)]
+    shortest = min(len(part.tokens) for part in parts)
+    tokens = np.concatenate([part.tokens[:shortest] for part in parts])
+    return replace(text, proxy=TokenStream(tokens, sum(part.n_bytes for part in parts), "all earlier languages"))
+
+
+def _stack_adapter(model: Any, config: RunConfig) -> None:
+    """Put new adapters beside those of `model`; they alone are trained from here on."""
+    name = _adapter_name(config)
+    with seeded(config.seed):
+        model.add_adapter(name, model.peft_config["default"])
+    model.base_model.set_adapter([*model.active_adapters, name])
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{name}." in parameter_name)
+
+
 def _add_adapter(model: Any, config: RunConfig, text: PreparedText) -> None:
     """Train adapters for one more language on a backbone of their own, and put them beside those of `model`."""
     other: Any = apply_method(get_backbone(config, text, progress=False), config.method, config.seed)
     _teach(other, config, make_batches(config, text))
-    name = config.data.new_domain.replace(":", "_").replace(".", "_").replace("/", "_")
+    name = _adapter_name(config)
     model.add_adapter(name, other.peft_config["default"])
     set_peft_model_state_dict(model, get_peft_model_state_dict(other), adapter_name=name)
     model.base_model.set_adapter([*model.active_adapters, name])
     model.eval()
+
+
+def _adapter_name(config: RunConfig) -> str:
+    return config.data.new_domain.replace(":", "_").replace(".", "_").replace("/", "_")
