@@ -15,6 +15,16 @@ TUNED_LEARNING_RATES: dict[str, dict[str, float]] = {
     "laptop": {"fine_tuning": 1e-2, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
 }
 
+# Where the best rate of the rivals' grid, or that of the settings which learn most for little forgetting, stands at its
+# edge: one rate beyond.
+FURTHER_RATES = {
+    "block_expansion": 0.1,
+    "weight_interpolation": 0.001,
+    "orthogonal_finetuning": 0.1,
+    "elastic_weight_consolidation": 0.001,
+    "distillation": 0.001,
+}
+
 # Gates with the local losses that make sense for them, as in the paper's comparison of gates. The first two, the
 # paper's choice and ours, are run with every seed.
 GATES_AND_LOSSES = (

@@ -178,16 +178,18 @@ NEEDS = {
 def costs(table: pd.DataFrame, inference: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row a method: area of the plane it dominates, least forgetting of the settings that learn `LEARNED` at least,
     number of settings, extra weights, training time over that of fine-tuning, reading time over the backbone's, and what
-    it needs. All from the first seed's runs, which every method has at every rate and setting.
+    it needs. A setting is a learning rate and a strength; it counts by the mean over its seeds.
 
     Parameters
     ----------
+    table : of `with_strength`.
     inference : results of `nrlib.studies.inference_cost`; the median of them is shown.
     """
     reading = pd.DataFrame([study["ratios"] for study in inference]).median()
-    first = table[table["seed"] == table["seed"].min()]
-    worst = first.loc[first["method"] == "fine_tuning", "forgetting"].max()
-    speed = first.groupby("method", observed=True)["tokens_per_second"].median()
+    by_setting = table.groupby(["method", "learning_rate", "strength"], observed=True, dropna=False)
+    settings = by_setting[["forgetting", "learning", "extra_weights"]].mean().reset_index()
+    worst = settings.loc[settings["method"] == "fine_tuning", "forgetting"].max()
+    speed = table.groupby("method", observed=True)["tokens_per_second"].median()
     rows = [
         {
             "method": method,
@@ -199,7 +201,7 @@ def costs(table: pd.DataFrame, inference: Sequence[dict[str, Any]]) -> pd.DataFr
             "inference_time": reading[method],
             "needs": NEEDS[str(method)],
         }
-        for method, runs in first.groupby("method", observed=True)
+        for method, runs in settings.groupby("method", observed=True)
     ]
     return pd.DataFrame(rows)
 
