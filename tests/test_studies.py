@@ -85,12 +85,13 @@ def test_adapters_for_one_more_language_change_nothing_at_first_and_are_alone_tr
     assert len(active_adapters(model)) == 2 * 3
 
 
-def test_the_mix_holds_as_much_of_each_earlier_language_as_of_the_old_one():
-    streams = [TokenStream(torch.full((n,), i).numpy().astype("int32"), 3 * n) for i, n in enumerate((50, 30, 40))]
-    old, first, second = (PreparedText(None, streams[0], streams[0], stream, {}, {}) for stream in streams)
-    mixed = _with_earlier(old, [first, second]).proxy
-    assert torch.bincount(torch.from_numpy(mixed.tokens)).tolist() == [30, 30, 30]
-    assert _with_earlier(old, []) is old
+def test_replay_gives_each_earlier_language_the_share_of_the_old_one():
+    streams = [TokenStream(torch.full((700,), i).numpy().astype("int32"), 2100) for i in range(3)]
+    new, first, second = (PreparedText(None, stream, stream, stream, {}, {}) for stream in streams)
+    mixed = _with_earlier(new, [first, second], 0.1).new
+    shares = torch.bincount(torch.from_numpy(mixed.tokens)) / len(mixed.tokens) * 0.9  # a tenth is the old language's
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.1, 0.1], dtype=shares.dtype))
+    assert _with_earlier(new, [], 0.1) is new
 
 
 @pytest.mark.parametrize(("way", "method"), [("at random", "neutral_residues"), ("an adapter each", "fine_tuning")])

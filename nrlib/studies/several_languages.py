@@ -1,4 +1,4 @@
-"""Several new languages in one model: all at once, one after the other, each in an adapter of its own, or in turn with the
+"""Several new languages in one model: all at once, one after the other, each in an adapter of its own, or in turn with
 text of the earlier ones mixed in.
 
 The backbone is the experiments' own. Every language gets as many training tokens as a run of one language has, so that
@@ -38,8 +38,8 @@ def several_languages(profile: str, languages: Sequence[str], way: str, method: 
     ----------
     languages : corpora of the new domains, in the order in which they are learned.
     way : one of WAYS. 'an adapter each' trains adapters apart and adds up their residues: each token's gates decide.
-        'in turn with replay' mixes the text of earlier languages in with that of the original domain, an equal share of each;
-        methods with adapters add one for each language, which learns to be silent on all that came before it.
+        'in turn with replay' mixes text of each earlier language in with the new one, as large a share as the original domain
+        has; methods with adapters keep the earlier ones as they are and add one for each language.
     method : 'neutral_residues', as recommended, or any other; only methods with adapters can go 'an adapter each'.
 
     Returns
@@ -88,7 +88,9 @@ def several_languages(profile: str, languages: Sequence[str], way: str, method: 
         for index, (config, text) in enumerate(zip(configs, texts, strict=True)):
             if index and isinstance(model, PeftModel):
                 _stack_adapter(model, config)
-            _teach(model, config, make_batches(config, _with_earlier(text, texts[:index])), n_adapters=1 + index)
+            replayed = _with_earlier(text, texts[:index], config.training.mix_ratio)
+            n_adapters = 1 + index if isinstance(model, PeftModel) else 1
+            _teach(model, config, make_batches(config, replayed), n_adapters)
             stages.append(measure(config.data.new_domain, model))
     return {"stages": stages}
 
@@ -115,14 +117,14 @@ def _pooled_batches(configs: Sequence[RunConfig], texts: Sequence[PreparedText])
     )  # fmt: skip
 
 
-def _with_earlier(text: PreparedText, earlier: Sequence[PreparedText]) -> PreparedText:
-    """The text with a proxy that holds as much of each earlier language as of the original domain."""
-    if not earlier or text.proxy is None:
+def _with_earlier(text: PreparedText, earlier: Sequence[PreparedText], share: float) -> PreparedText:
+    """The text with so much of each earlier language among that of the new one that `share` of all sequences are of it,
+    where the original domain has the same share."""
+    if not earlier:
         return text
-    parts = [text.proxy, *(other.new for other in earlier)]
-    shortest = min(len(part.tokens) for part in parts)
-    tokens = np.concatenate([part.tokens[:shortest] for part in parts])
-    return replace(text, proxy=TokenStream(tokens, sum(part.n_bytes for part in parts), "all earlier languages"))
+    n_replayed = round(share * len(text.new.tokens) / (1 - share * (1 + len(earlier))))
+    tokens = np.concatenate([text.new.tokens, *(other.new.tokens[:n_replayed] for other in earlier)])
+    return replace(text, new=TokenStream(tokens, text.new.n_bytes, f"{text.new.name} with replay"))
 
 
 def _stack_adapter(model: Any, config: RunConfig) -> None:
