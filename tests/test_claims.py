@@ -1,5 +1,7 @@
 """What the book says, held against the published records it speaks of."""
 
+import itertools
+
 import pytest
 
 from nrlib import experiments, tables
@@ -102,11 +104,16 @@ def test_forgetting_and_learning_both_fall_with_the_weight_of_the_local_loss(rec
         assert runs.loc[100.0, "learning"] < runs.loc[5.0, "learning"] < runs.loc[0.0, "learning"]
 
 
-def test_parallel_beside_the_ffn_in_all_layers_learns_most(records):
+def test_beside_the_ffn_and_beside_attention_learn_as_much_and_attention_forgets_more(records):
     choices = ["all", "first_half", "last_half", "every_other", "0"]
-    table = select(records, experiments.adapter_placement("laptop", choices, [0]))
-    best = table.loc[table["learning"].idxmax()]
-    assert (best["site"], best["position"], best["layers"]) == ("ffn", "parallel", "all")
+    runs = select(records, experiments.adapter_placement("laptop", choices, [0, 1, 2]))
+    settings = runs.groupby(["site", "position", "layers"])
+    assert (settings["seed"].nunique() == 3).unstack()["all"].all()
+    table = settings[["forgetting", "learning"]].mean().reset_index()
+    everywhere = runs[(runs["position"] == "parallel") & (runs["layers"] == "all")].groupby("site")
+    means, low, high = everywhere["learning"].mean(), everywhere["learning"].min(), everywhere["learning"].max()
+    assert set(means.nlargest(2).index) == {"ffn", "attention"} and low["ffn"] < means["attention"] < high["ffn"]
+    assert everywhere["forgetting"].mean()["attention"] > 4 * everywhere["forgetting"].mean()["ffn"]
     learning = table.pivot_table(
         index=["site", "layers"], columns="position", values="learning"
     ).dropna()  # serial is not for all
@@ -173,7 +180,8 @@ def test_the_recommended_settings_carry_over_to_other_languages(records, languag
 
 def test_a_little_old_text_is_enough_for_neutral_residues(records):
     names = ["vanilla_adapter", "neutral_residues"]
-    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0]))
+    table = select(records, experiments.data_mixing("laptop", [0.0, 0.01, 0.1, 0.5], names, [0, 1, 2]))
+    assert (table.groupby(["mix_ratio", "method"], observed=True)["seed"].nunique() == 3).all()
     forgetting = table.pivot_table(index="mix_ratio", columns="method", values="forgetting", observed=True)
     assert forgetting["neutral_residues"].is_monotonic_decreasing
     assert (forgetting["neutral_residues"] < forgetting["vanilla_adapter"])[[0.01, 0.1, 0.5]].all()
@@ -253,3 +261,55 @@ def test_room_decides_how_much_is_learned_and_not_how_much_is_forgotten(records)
         assert rows["learning"].is_monotonic_increasing and rows["learning"].iloc[-1] > rows["learning"].iloc[0] + 0.1
     ours, lora = by_method["neutral_residues"]["forgetting"], by_method["lora"]["forgetting"]
     assert ours.max() - ours.min() < 0.004 and lora.min() > 10 * ours.max()
+
+
+def test_a_proxy_protects_what_is_like_it(records):
+    named = experiments.proxies("laptop", ["neutral_residues"], [0, 1, 2])
+    forgetting = {name: select(records, runs)["forgetting"] for name, runs in named.items()}
+    assert all(len(values) == 3 for values in forgetting.values())
+    order = ["five groups", "LibreOffice's help", "GNOME's help", "machine-made"]
+    for near, far in itertools.pairwise(order):
+        assert forgetting[near].max() < forgetting[far].min()
+    assert forgetting["machine-made"].mean() > 0.9 * forgetting["none"].mean()
+
+
+def test_of_little_text_neutral_residues_learn_more_than_fine_tuning_and_of_enough_less(records):
+    runs = experiments.small_data("laptop", [0.01, 0.05, 0.25, 1.0], ["fine_tuning", "neutral_residues"], [0, 1, 2])
+    table = select(records, runs).groupby(["method", "new_text_ratio"], observed=True)
+    assert (table["seed"].nunique() == 3).all()
+    bits = table["bits_per_byte_new"].mean().unstack("method")
+    assert bits["neutral_residues"][0.01] < bits["fine_tuning"][0.01] - 0.5
+    assert (bits["neutral_residues"] > bits["fine_tuning"])[[0.05, 0.25, 1.0]].all()
+    assert (bits.loc[0.25] - bits.loc[1.0]).abs().max() < 0.02  # a quarter is as good as all
+    forgetting = table["forgetting"].mean().unstack("method")
+    assert forgetting["neutral_residues"].max() < 0.05 < 0.4 < forgetting["fine_tuning"].min()
+
+
+def test_the_activation_hardly_matters_and_what_is_forgotten_is_there_early(records):
+    names = ["silu", "gelu", "relu", "identity"]
+    table = select(records, experiments.activations("laptop", names, [0, 1, 2])).groupby("activation")
+    assert (table["seed"].nunique() == 3).all()
+    learning, forgetting = table["learning"].mean(), table["forgetting"].mean()
+    assert (
+        learning.max() - learning.min() < 0.012 and (learning.drop("identity") - learning["silu"]).abs().max() < 0.003
+    )
+    assert learning.idxmin() == "identity" == forgetting.idxmin()
+    runs = experiments.lengths("laptop", [0.25, 0.5, 1.0], ["fine_tuning", "neutral_residues"], [0, 1, 2])
+    table = select(records, runs).groupby(["method", "n_tokens"], observed=True)
+    assert (table["seed"].nunique() == 3).all()
+    forgetting = table["forgetting"].mean().unstack("n_tokens")
+    assert forgetting.loc["fine_tuning"].is_monotonic_decreasing
+    ours = forgetting.loc["neutral_residues"]
+    assert ours.max() < 1.25 * ours.min()
+    gains = -table["bits_per_byte_new"].mean().unstack("n_tokens").diff(axis=1).iloc[:, 1:]  # of each doubling
+    ours, fine_tuned = (gains.loc[method] for method in ("neutral_residues", "fine_tuning"))
+    assert 0.75 < ours.iloc[1] / ours.iloc[0] < 1.1 and fine_tuned.iloc[1] / fine_tuned.iloc[0] < 0.75
+
+
+def test_learning_rate_and_mix_ratio_can_be_chosen_apart_but_little_old_text_needs_a_low_rate(records):
+    runs = select(records, experiments.rates_and_mixes("laptop", [0.003, 0.01, 0.03], [0.02, 0.1, 0.5], [0]))
+    learning = runs.pivot_table(index="learning_rate", columns="mix_ratio", values="learning")
+    forgetting = runs.pivot_table(index="learning_rate", columns="mix_ratio", values="forgetting")
+    assert (learning.idxmax() == 0.01).all()
+    assert forgetting[0.02].is_monotonic_increasing and forgetting.loc[0.03, 0.02] > 5 * forgetting.loc[0.003, 0.02]
+    assert forgetting.loc[0.03, 0.1] < 2 * forgetting.loc[0.003, 0.1]

@@ -9,6 +9,7 @@ from nrlib.profiles import PRESETS
 from nrlib.records import published_records
 from nrlib.studies.gates import gate_activity
 from nrlib.studies.new_tokens import new_tokens
+from nrlib.studies.several_languages import several_languages
 from nrlib.study import published_studies
 
 pytestmark = pytest.mark.usefixtures("published_results")
@@ -114,6 +115,47 @@ def test_the_far_goal_is_met_on_forgetting_and_missed_on_learning_by_a_point(ext
     assert wide["forgetting"].mean() < wide["forgetting"].max() < 0.003
     assert 0.935 < wide["learning"].min() < wide["learning"].max() < 0.95
     assert ((wide["n_changed"] / wide["n_held_out"]) < 0.001).all()
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Bits per byte at the end of every way to two languages: rows method and way, a column a text, means of three seeds."""
+    ends = pd.DataFrame(
+        {"method": s["method"], "way": s["way"], "seed": s["seed"], **s["stages"][-1]}
+        for s in published_studies(several_languages)
+        if len(s["languages"]) == 2
+    )
+    runs = ends.rename(columns={"debian-docs:fr": "first", "debian-docs:de": "second"}).groupby(["method", "way"])
+    assert (runs["seed"].nunique() == 3).all() and len(runs) == 7
+    return runs[["original", "first", "second"]].mean()
+
+
+def test_neutral_residues_keep_the_old_language_whatever_the_way_to_two(together):
+    before = 1.39275
+    assert (together.loc["neutral_residues", "original"] < 1.012 * before).all()
+    assert (together.loc["fine_tuning", "original"] > 1.4 * before).all()
+
+
+def test_what_is_trained_again_is_not_kept_by_either_method(together):
+    for method in ("neutral_residues", "fine_tuning"):
+        assert together.loc[(method, "one after the other"), "first"] > 4.4  # of 4.85 before anything was learned
+
+
+def test_adapters_trained_apart_disturb_each_other(together):
+    ours = together.loc["neutral_residues"]
+    apart = ours.loc["an adapter each"]
+    assert apart["first"] > ours.loc["all at once", "first"] + 0.2
+    assert apart["second"] > ours.loc["all at once", "second"] + 0.2
+
+
+def test_replay_beside_adapters_that_stay_keeps_both_new_languages(together):
+    ours = together.loc["neutral_residues"]
+    replayed, after = ours.loc["in turn with replay"], ours.loc["one after the other"]
+    at_once = ours.loc["all at once"]
+    assert replayed["first"] < at_once["first"] + 0.02 and replayed["second"] < at_once["second"] - 0.05
+    assert replayed["second"] < after["second"] + 0.05 and replayed["original"] < 1.01 * 1.39275
+    fine_tuned = together.loc[("fine_tuning", "in turn with replay")]
+    assert fine_tuned["first"] > 1.95 and fine_tuned["original"] > 1.4 * 1.39275
 
 
 def test_the_recommended_setting_forgets_least_in_every_new_domain(records):
