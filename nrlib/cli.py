@@ -283,7 +283,7 @@ def plan(
 
     \b
     Examples:  nrlib plan --profile paper
-               nrlib plan --backbone path/to/config.json -p n_tokens=1000000000 --hardware a100
+               nrlib plan --profile paper --backbone path/to/config.json -p n_tokens=1000000000 --hardware a100
                nrlib plan --profile gpu --method neutral_residues --hardware 'h100,utilisation=0.5'
     """
     from .commands import plan as command

@@ -15,8 +15,8 @@ TUNED_LEARNING_RATES: dict[str, dict[str, float]] = {
     "laptop": {"fine_tuning": 1e-2, "lora": 1e-2, "vanilla_adapter": 1e-2, "neutral_residues": 1e-2},
 }
 
-# Where the best rate of the rivals' grid, or that of the settings which learn most for little forgetting, stands at its
-# edge: one rate beyond.
+# One rate beyond the grid of the rivals: higher where the best rate was its highest, and lower for those of them that
+# change every weight, which forget least at low rates.
 FURTHER_RATES = {
     "block_expansion": 0.1,
     "weight_interpolation": 0.001,

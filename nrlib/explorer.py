@@ -95,7 +95,7 @@ def notebook_commands(records: Iterable[Record]) -> dict[str, dict[str, str]]:
 
 def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One flat dictionary a run, for download: the columns of `flat_records`, a held-out text a column, the setting the
-    run is a seed of, the notebooks of this build that show it, and its command."""
+    run is a seed of, the notebooks of this build that use it, and its command."""
     rows, pages = [], pages_of_runs()
     for record, row in zip(records, flat_records(records), strict=True):
         for name in ("bits_per_byte", "backbone_bits_per_byte"):

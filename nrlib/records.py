@@ -180,7 +180,7 @@ def published_records() -> Iterator[Record]:
 
 def write_counts(*, notebook: str = "", **run_ids: Sequence[str]) -> None:
     """Note which runs were loaded, trained or failed, and for which notebook: a build sums them up, and its explorer names
-    the pages that show a run."""
+    the pages that use a run."""
     path = _counts_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as handle:
@@ -203,7 +203,7 @@ def pages_of_runs() -> dict[str, list[str]]:
     pages: dict[str, set[str]] = {}
     for line in _counted():
         for run_id in [*line.get("loaded", ()), *line.get("trained", ())]:
-            pages.setdefault(run_id, set()).add(line["notebook"])
+            pages.setdefault(run_id, set()).add(line.get("notebook", ""))
     return {run_id: sorted(names - {""}) for run_id, names in pages.items()}
 
 

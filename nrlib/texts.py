@@ -28,7 +28,7 @@ PREPARATION_VERSION = 1
 # The held-out texts every run is measured on. Settings (the learning rate) are chosen on the validation texts only.
 TEST_SETS = ("unseen_original", "proxy", "new")
 VALIDATION_SETS = ("unseen_original_validation", "new_validation")
-SMALL_TEST_BYTES = 50_000  # fewer are accepted with a warning
+SMALL_TEST_BYTES = 50_000  # much less is accepted with a warning, unless `n_evaluation_bytes` asks for less
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A Sphinx extension: what a reader needs and the theme lacks.
 
-The PDF of the whole book among the downloads of every page; pictures that open alone, to be enlarged on a phone; lists and folding menus that screen readers understand; and no
-loader of code from another host, which Jupyter Book puts on every page and this book never starts.
+The PDF of the whole book among the downloads of every page; pictures that open alone, to be enlarged on a phone; lists and
+folding menus that screen readers understand; and no loader of code from another host, which Jupyter Book puts on every page
+and this book never starts.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def link_pictures(
     """Let every picture that is no link yet open alone, where a phone enlarges it; paper has no use for that."""
     if app.builder.name == "html" and "body" in context:
         context["body"] = _PICTURE.sub(
-            lambda m: m[0] if m[1] else f'<a class="picture" href="{m[3]}">{m[2]}</a>', context["body"]
+            lambda m: m[0] if m[1] else f'<a class="picture" title="Open the picture alone" href="{m[3]}">{m[2]}</a>',
+            context["body"],
         )
 
 

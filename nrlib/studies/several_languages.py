@@ -1,8 +1,8 @@
 """Several new languages in one model: all at once, one after the other, each in an adapter of its own, or in turn with
 text of the earlier ones mixed in.
 
-The backbone is the experiments' own. Every language gets as many training tokens as a run of one language has, so that
-the ways differ in order and in weights, not in work.
+The backbone is the experiments' own. Every step is as long as a run of one language; with replay a part of the later ones
+is text of the earlier languages.
 """
 
 from __future__ import annotations
@@ -119,12 +119,21 @@ def _pooled_batches(configs: Sequence[RunConfig], texts: Sequence[PreparedText])
 
 def _with_earlier(text: PreparedText, earlier: Sequence[PreparedText], share: float) -> PreparedText:
     """The text with so much of each earlier language among that of the new one that `share` of all sequences are of it,
-    where the original domain has the same share."""
+    where the original domain has the same share; it is the beginning of their training text."""
     if not earlier:
         return text
-    n_replayed = round(share * len(text.new.tokens) / (1 - share * (1 + len(earlier))))
-    tokens = np.concatenate([text.new.tokens, *(other.new.tokens[:n_replayed] for other in earlier)])
-    return replace(text, new=TokenStream(tokens, text.new.n_bytes, f"{text.new.name} with replay"))
+    left = 1 - share * (1 + len(earlier))
+    if left <= 0:
+        raise ConfigError(
+            f"A mix ratio of {share:g} for the original domain and each of {len(earlier)} earlier languages leaves nothing "
+            "for the new one. Lower mix_ratio, or teach fewer languages."
+        )
+    n_replayed = round(share * len(text.new.tokens) / left)
+    parts = [text.new.tokens, *(np.resize(other.new.tokens, n_replayed) for other in earlier)]  # repeated if too short
+    n_bytes = sum(
+        round(len(part) * t.new.n_bytes / len(t.new.tokens)) for part, t in zip(parts, (text, *earlier), strict=True)
+    )
+    return replace(text, new=TokenStream(np.concatenate(parts), n_bytes, f"{text.new.name} with replay"))
 
 
 def _stack_adapter(model: Any, config: RunConfig) -> None:
