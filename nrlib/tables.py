@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .config import RunConfig, make_config, parameters
+from .config import RunConfig, flat_values, make_config, parameters
 from .evaluation import learning
 from .profiles import ALL_METHODS, STRENGTHS
 from .records import Record
@@ -20,7 +20,8 @@ FLAT_CONFIG = ("data", "backbone", "method", "training")
 def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -> list[dict[str, Any]]:
     """One flat dictionary a record.
 
-    `learning` compares with fine-tuning at its best learning rate on the same data, backbone and number of tokens,
+    `learning` compares with fine-tuning at its best learning rate on all of the new text with the usual proxy, for the same
+    backbone, held-out text and number of tokens,
     looked for among `records` and `references`; None where there is none.
     """
     best = _fine_tuning_references([*records, *references])
@@ -255,14 +256,18 @@ def with_shared_zero(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([used, shared], ignore_index=True)
 
 
+_USUAL = ("new_text_ratio", "proxy", "mix_ratio")  # what fine-tuning has as usual, whatever a run compared with it has
+
+
 def _setting(config: RunConfig) -> tuple[Any, ...]:
-    """What runs must share to be compared with the same fine-tuning."""
-    return config.profile, config.data, config.backbone, config.training.context_length, config.training.n_tokens
+    """What runs must share to be compared with the same fine-tuning: all but what `_USUAL` names, method and seed."""
+    data = replace(config.data, proxy="", new_text_ratio=1.0)
+    return config.profile, data, config.backbone, config.training.context_length, config.training.n_tokens
 
 
 def _fine_tuning_references(records: Sequence[Record]) -> dict[tuple[Any, ...], float]:
-    """Mean test bits per byte on the new domain of fine-tuning at its best rate, by setting; the mix ratio is the
-    profile's, or that of most fine-tuning runs where none has it."""
+    """Mean test bits per byte on the new domain of fine-tuning at its best rate, by setting; of what `_USUAL` names the
+    profile's value, or that of most fine-tuning runs where none has it."""
     by_setting: dict[tuple[Any, ...], list[Record]] = {}
     for record in {r.run_id: r for r in records}.values():
         if record.config["method"]["method"] == "fine_tuning":
@@ -275,15 +280,15 @@ def _best_fine_tuning(records: Sequence[Record]) -> float:
         {
             "method": "fine_tuning",
             "seed": r.config["seed"],
-            "mix_ratio": r.config["training"]["mix_ratio"],
+            **{name: flat_values(r.run_config)[name] for name in _USUAL},
             "learning_rate": r.config["training"]["learning_rate"],
             "bits_per_byte_new_validation": r.results["bits_per_byte"]["new_validation"],
             "test": r.results["bits_per_byte"]["new"],
         }
         for r in records
     )
-    mix_ratio = make_config(records[0].config["profile"]).training.mix_ratio
-    if mix_ratio not in set(table["mix_ratio"]):
-        mix_ratio = table["mix_ratio"].mode().max()
-    table = table[table["mix_ratio"] == mix_ratio]
+    usual = flat_values(make_config(records[0].config["profile"]))
+    for name in _USUAL:
+        is_there = usual[name] in set(table[name])
+        table = table[table[name] == (usual[name] if is_there else table[name].mode().max())]
     return float(at_best_rate(table)["test"].mean())

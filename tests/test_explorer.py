@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import random
 import re
@@ -11,6 +12,7 @@ import shutil
 from collections import defaultdict
 from dataclasses import replace
 from html import unescape
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -73,6 +75,22 @@ def positions(setting):
     return {f"{dial.name}={setting[dial.name]}" for dial in DIALS if setting[dial.name] is not None}
 
 
+# --- the reader's pictures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("builder", "n_links"), [("html", 2), ("singlehtml", 1)])
+def test_every_picture_opens_alone_on_a_page_and_none_on_paper(monkeypatch, builder, n_links):
+    monkeypatch.syspath_prepend(str(ROOT / "book" / "_extensions"))
+    reader = importlib.import_module("reader")
+    linked = '<a class="image-reference" href="big.png"><img alt="b" src="../_images/b.png"></a>'
+    context = {"body": f'<p><img alt="a" src="../_images/a.png"/></p>{linked}<img src="_static/logo.svg">'}
+    reader.link_pictures(SimpleNamespace(builder=SimpleNamespace(name=builder)), "page", "", context, None)
+    assert context["body"].count("<a ") == n_links and linked in context["body"]
+    assert ('href="../_images/a.png"><img alt="a" src="../_images/a.png"/></a>' in context["body"]) == (
+        builder == "html"
+    )
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +108,9 @@ def test_rows_equal_the_records(records):
     tuned = defaultdict(list)  # fine-tuning at rate 0.01, the best one: what learning is relative to
     for record in records:
         values = flat_values(record.run_config)
-        if (values["method"], values["learning_rate"], values["mix_ratio"]) == ("fine_tuning", 0.01, 0.1):
+        if (values["method"], values["learning_rate"], values["mix_ratio"], values["new_text_ratio"]) == (
+            "fine_tuning", 0.01, 0.1, 1.0,
+        ):  # fmt: skip
             tuned[values["profile"], values["n_tokens"], values["new_domain"]].append(
                 record.results["bits_per_byte"]["new"]
             )

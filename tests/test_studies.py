@@ -13,10 +13,12 @@ from nrlib.config import make_config
 from nrlib.errors import ConfigError
 from nrlib.peft_method import active_adapters
 from nrlib.profiles import ALL_METHODS
+from nrlib.studies import several_languages as languages_module
 from nrlib.studies.gates import area_under_curve, gate_activity, read_gates
 from nrlib.studies.inference_cost import WITHOUT_COST, inference_cost
 from nrlib.studies.several_languages import WAYS, _stack_adapter, _with_earlier, several_languages
 from nrlib.texts import PreparedText
+from nrlib.training import train
 
 LANGUAGES = ["synthetic:borealic", "synthetic:cinnabar"]
 
@@ -71,6 +73,21 @@ def test_replay_in_turn_keeps_the_first_language_in_a_fine_tuned_model():
     assert replayed[2][LANGUAGES[0]] < 0.8 * without[2][LANGUAGES[0]]
 
 
+@pytest.mark.slow
+def test_the_first_adapters_stay_as_they_are_and_the_new_ones_get_the_whole_local_loss(monkeypatch):
+    seen = []
+
+    def watch(model, batches, config, *, local_loss_weight, **options):
+        train(model, batches, config, local_loss_weight=local_loss_weight, **options)
+        seen.append((local_loss_weight, {n: p.clone() for n, p in model.named_parameters() if ".default." in n}))
+
+    monkeypatch.setattr(languages_module, "train", watch)
+    several_languages("smoke", LANGUAGES, WAYS[3], "neutral_residues", 0)
+    (first, before), (second, after) = seen
+    assert second == 2 * first > 0  # the local loss is a mean over the adapters, and one of two is trained
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_adapters_for_one_more_language_change_nothing_at_first_and_are_alone_trained(tiny_model):
     model = get_peft_model(tiny_model(), nrlib.NeutralResiduesConfig(extra_ratio=0.2)).eval()
     for parameter in model.parameters():
@@ -91,7 +108,12 @@ def test_replay_gives_each_earlier_language_the_share_of_the_old_one():
     mixed = _with_earlier(new, [first, second], 0.1).new
     shares = torch.bincount(torch.from_numpy(mixed.tokens)) / len(mixed.tokens) * 0.9  # a tenth is the old language's
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.1, 0.1], dtype=shares.dtype))
+    assert mixed.n_bytes == round(2100 * 9 / 7)
     assert _with_earlier(new, [], 0.1) is new
+    short = PreparedText(None, streams[1], streams[1], TokenStream(streams[1].tokens[:30], 90), {}, {})
+    assert (_with_earlier(new, [short], 0.2).new.tokens == 1).mean() == pytest.approx(0.25, abs=1e-3)  # read again
+    with pytest.raises(ConfigError, match="leaves nothing for the new one"):
+        _with_earlier(new, [first], 0.5)
 
 
 @pytest.mark.parametrize(("way", "method"), [("at random", "neutral_residues"), ("an adapter each", "fine_tuning")])
