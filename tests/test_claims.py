@@ -207,8 +207,15 @@ def test_a_gate_trained_as_a_classifier_forgets_more_the_heavier_its_loss(record
 
 @pytest.fixture(scope="module")
 def rivals(records):
-    runs = select(records, experiments.rivals("laptop", [0.003, 0.01, 0.03], [0], extra_ratio=0.2))
-    return tables.with_strength(runs)
+    grid = experiments.rivals("laptop", [0.003, 0.01, 0.03], [0], extra_ratio=0.2)
+    beyond = experiments.at_rates("laptop", experiments.FURTHER_RATES, [0], extra_ratio=0.2)
+    return tables.with_strength(select(records, [*grid, *beyond]))
+
+
+def test_the_best_rate_of_every_rival_lies_within_the_rates_tried(rivals):
+    for method, best in tables.best_learning_rates(rivals).items():
+        tried = rivals.loc[rivals["method"] == method, "learning_rate"]
+        assert tried.min() < best < tried.max(), method
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +244,8 @@ def test_nearly_all_of_the_gain_takes_every_weight(rivals, costs):
     assert list(at_95.index) == order
     for method in order[:2]:  # at the edge of the grid, as the page says
         enough = rivals[(rivals["method"] == method) & (rivals["learning"] >= 0.95)]
-        assert enough.loc[enough["forgetting"].idxmin(), "learning_rate"] == rivals["learning_rate"].min()
+        assert enough.loc[enough["forgetting"].idxmin(), "learning_rate"] == 0.001 == rivals["learning_rate"].min()
+    assert costs["area"].idxmax() == "distillation"
 
 
 def test_a_kl_term_moves_along_the_same_dial(records):

@@ -194,3 +194,17 @@ def test_runs_made_before_the_rivals_keep_their_names():
     config = make_config("laptop", method="neutral_residues", learning_rate=1e-2)
     assert not {"kl_weight", "ewc_weight", "interpolation_ratio"} & config.to_dict()["method"].keys()
     assert make_config("laptop", learning_rate=1e-2, kl_weight=1.0).run_id != config.run_id
+
+
+def test_the_seeds_of_one_setting_count_once_by_their_mean():
+    columns = ["method", "learning_rate", "strength", "forgetting", "learning", "extra_weights", "tokens_per_second"]
+    rows = [
+        ("fine_tuning", 0.01, float("nan"), 0.4, 1.0, 0.0, 200.0),
+        ("neutral_residues", 0.01, 5.0, 0.0, 0.9, 0.2, 100.0),
+        ("neutral_residues", 0.01, 5.0, 0.02, 0.7, 0.2, 100.0),
+    ]
+    ratios = [{"ratios": {"fine_tuning": 1.0, "neutral_residues": 1.2}}]
+    costs = tables.costs(pd.DataFrame(rows, columns=columns), ratios).set_index("method")
+    assert costs["settings"].tolist() == [1, 1]
+    assert costs.loc["neutral_residues", "at_80%"] == pytest.approx(0.01)
+    assert costs.loc["neutral_residues", "training_time"] == 2
