@@ -140,12 +140,6 @@ def test_code_is_copied_by_its_button(page: Any, built_book: Path) -> None:
     assert copied.strip() and copied.strip() in cell.inner_text().replace("\xa0", " ")
 
 
-def test_a_picture_opens_alone_to_be_enlarged(page: Any, built_book: Path) -> None:
-    page.goto((built_book / "notebooks" / "methods.html").as_uri())
-    page.locator("a.picture").first.click()
-    page.wait_for_url("**/_images/*.png")
-
-
 def test_print_hides_what_only_a_screen_needs(page: Any, built_book: Path) -> None:
     page.goto((built_book / "notebooks" / "methods.html").as_uri())
     page.emulate_media(media="print")
