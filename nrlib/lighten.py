@@ -2,7 +2,7 @@
 
 Sphinx and its theme put ten style sheets, mostly rules for what no page here has, and a dozen scripts before the text of
 every page, among them the index of the search. Afterwards one style sheet of the rules in use is left, scripts wait for the
-text, pictures until they come near the screen, the index is loaded by the page that searches, and icons come from the
+text, pictures until they come near the screen (their place is kept), the index is loaded by the page that searches, and icons come from the
 theme's font alone, not from a script as well.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SHEET = Path("_static", "styles", "pages.css")
 _SHEET_LINK = re.compile(r'<link\b[^>]*\brel="stylesheet"[^>]*?\bhref="([^"?]+)[^"]*"[^>]*>|'
                          r'<link\b[^>]*?\bhref="([^"?]+)[^"]*"[^>]*\brel="stylesheet"[^>]*>')  # fmt: skip
 _SCRIPT = re.compile(r'<script\b([^>]*)\bsrc="([^"?]+)([^"]*)"([^>]*)></script>\n?')
+_IMAGE = re.compile(r"<img (?![^>]*\bloading=)([^>]*)>")
 _PRELOAD = re.compile(r'<link rel="preload" as="script"[^>]*>\n?')  # before the style sheets, else
 _SELECTOR = re.compile(r"(?:[^,(]|\((?:[^()]|\([^()]*\))*\))+")  # one of a list: no comma but in brackets
 _VARIABLE = re.compile(r"""(?<=[{;])\s*(--[\w-]+)\s*:(?:[^;{}"']|"[^"]*"|'[^']*')*(?:;|(?=\}))""")
@@ -39,7 +41,7 @@ def lighten_pages(folder: Path) -> None:
     version = hashlib.sha256(style.encode()).hexdigest()[:8]
     for path, text in pages.items():
         href = f"{Path(os.path.relpath(folder / SHEET, path.parent)).as_posix()}?v={version}"
-        path.write_text(_lighten(text, href, is_search=path == folder / "search.html"), encoding="utf-8")
+        path.write_text(_lighten(path, text, href, is_search=path == folder / "search.html"), encoding="utf-8")
 
 
 def _head(text: str) -> tuple[str, str]:
@@ -52,7 +54,7 @@ def _sheets(page: Path, text: str) -> Iterable[Path]:
         yield Path(os.path.normpath(page.parent / (match[1] or match[2])))
 
 
-def _lighten(text: str, href: str, *, is_search: bool) -> str:
+def _lighten(path: Path, text: str, href: str, *, is_search: bool) -> str:
     def script(match: re.Match[str]) -> str:
         name = match[2].rpartition("/")[2]
         if name == _ICONS or (name in _SEARCH and not is_search):
@@ -66,7 +68,17 @@ def _lighten(text: str, href: str, *, is_search: bool) -> str:
     assert first
     start, rest = head[: first.start()], _SHEET_LINK.sub("", head[first.end() :])
     head = f'{start}<link rel="stylesheet" href="{href}" />{_PRELOAD.sub("", rest)}'
-    return _SCRIPT.sub(script, head + re.sub(r"<img (?![^>]*\bloading=)", '<img loading="lazy" ', body))
+    return _SCRIPT.sub(script, head + _IMAGE.sub(lambda match: _late(path, match[1]), body))
+
+
+def _late(page: Path, attributes: str) -> str:
+    """An image that is loaded when it comes near, in a place of its size: text below does not jump then."""
+    source = re.search(r'\bsrc="([^"?]+\.png)', attributes)
+    size = ""
+    if source and "width" not in attributes and (file := page.parent / source[1]).is_file():
+        width, height = struct.unpack(">2I", file.read_bytes()[16:24])  # where every PNG has them
+        size = f'width="{width}" height="{height}" '
+    return f'<img loading="lazy" {size}{attributes}>'
 
 
 def _read_sheet(sheet: Path, target: Path) -> str:

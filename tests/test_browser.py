@@ -140,6 +140,16 @@ def test_code_is_copied_by_its_button(page: Any, built_book: Path) -> None:
     assert copied.strip() and copied.strip() in cell.inner_text().replace("\xa0", " ")
 
 
+def test_a_picture_opens_alone_to_be_enlarged(page: Any, built_book: Path) -> None:
+    with reading.serve(built_book) as address:
+        page.goto(address + "notebooks/methods.html")
+        picture = page.locator("a.picture img").first
+        box = picture.bounding_box()  # its place is kept before it is loaded
+        assert box["height"] > 100
+        picture.click()
+        page.wait_for_url("**/_images/*.png")
+
+
 def test_print_hides_what_only_a_screen_needs(page: Any, built_book: Path) -> None:
     page.goto((built_book / "notebooks" / "methods.html").as_uri())
     page.emulate_media(media="print")

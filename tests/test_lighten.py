@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
+
 from nrlib.lighten import SHEET, lighten_pages, rules_in_use
 
 PAGE = """<html><head><link href="{up}_static/styles/theme.css?digest=1" rel="stylesheet" />
@@ -15,7 +18,7 @@ PAGE = """<html><head><link href="{up}_static/styles/theme.css?digest=1" rel="st
 <script data-menu="a" src="{up}_static/menu.js"></script>
 <script defer src="{up}_static/fontawesome.js"></script>
 <script src="{up}searchindex.js"></script></head>
-<body class="page"><link rel="stylesheet" href="{up}_static/own.css"><img src="a.png"></body></html>"""
+<body class="page"><link rel="stylesheet" href="{up}_static/own.css"><img src="a.png"><img src="{up}b.png"></body></html>"""
 
 
 def test_pages_share_one_sheet_and_no_script_stands_before_the_text(tmp_path: Path) -> None:
@@ -31,6 +34,7 @@ def test_pages_share_one_sheet_and_no_script_stands_before_the_text(tmp_path: Pa
         '@charset "UTF-8"; @import "../basic.css"; .unused { color: red }', encoding="utf-8"
     )
     (tmp_path / "_static" / "book.css").write_text("/* note */ .opened { color: blue }", encoding="utf-8")
+    plt.imsave(tmp_path / "b.png", np.zeros((2, 3)))
     lighten_pages(tmp_path)
 
     style = (tmp_path / SHEET).read_text(encoding="utf-8")
@@ -44,6 +48,7 @@ def test_pages_share_one_sheet_and_no_script_stands_before_the_text(tmp_path: Pa
         assert f'<script src="{up}_static/documentation_options.js?v=3">' in head  # the next line needs it
         assert f'<script defer data-menu="a" src="{up}_static/menu.js">' in head
         assert "fontawesome" not in text and '<img loading="lazy" src="a.png">' in text
+        assert f'<img loading="lazy" width="3" height="2" src="{up}b.png">' in text
         assert f'href="{up}_static/own.css"' in text
         assert ("searchindex.js" in text) is (page.name == "search.html")
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == "<html><head></head></html>"
