@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from .profiles import METHOD_LABELS
@@ -31,6 +32,12 @@ METHOD_STYLE = {
     "orthogonal_finetuning": (PALETTE[6], "X"), "gated_lora": (PALETTE[7], "<"),
     "elastic_weight_consolidation": ((0.5, 0.45, 0.0), ">"), "distillation": (PALETTE[9], "p"),
     "recommended": ("black", "h"),
+}  # fmt: skip
+# Where the plane of fronts is free beside a front's end, in points to the right and up; others stand to the right.
+_NAME_AT: dict[str, tuple[float, float, Literal["left", "right"]]] = {
+    "fine_tuning": (-30, 4, "right"), "lora": (-8, -3, "right"), "vanilla_adapter": (-8, -8, "right"),
+    "block_expansion": (8, -10, "left"), "orthogonal_finetuning": (-8, -3, "right"), "gated_lora": (-8, -6, "right"),
+    "neutral_residues": (-8, -4, "right"), "elastic_weight_consolidation": (-12, -95, "left"), "distillation": (-8, -4, "right"),
 }  # fmt: skip
 SITE_LABELS = {
     "ffn": "beside the FFN", "attention": "beside attention", "persistent_memory": "persistent vectors in attention",
@@ -86,26 +93,36 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
 
 
 def fronts(table: pd.DataFrame) -> Figure:
-    """Learning against forgetting, every setting of every method a point (the mean over its seeds, which lie beside it
-    faintly), and each method's front as a staircase: what it can reach at any of its settings."""
+    """Learning against forgetting: each method's front as a staircase, through the means over seeds of the settings that
+    no other of its settings beats; every run is a faint point. A name stands at its front's least forgetting."""
     settings = ["method", "learning_rate", "strength"]
     means = table.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
     with mpl.rc_context(STYLE):
-        figure = Picture(figsize=(7.2, 6.2), layout="constrained")
+        figure = Picture(figsize=(6.4, 6.4), layout="constrained")
         axes = figure.subplots()
         for method, group in means.groupby("method", observed=True):
             color, marker = METHOD_STYLE[str(method)]
             runs = table[table["method"] == method]
-            axes.scatter(runs["learning"], runs["forgetting"], color=color, marker=marker, s=12, alpha=0.25, zorder=2)
-            edge = front(group)
-            axes.step(edge["learning"], edge["forgetting"], where="pre", color=color, linewidth=1, alpha=0.6, zorder=1)
             axes.scatter(
-                group["learning"], group["forgetting"], color=color, marker=marker, s=60, edgecolor="white",
-                label=LABELS[str(method)], zorder=3,
+                runs["learning"], runs["forgetting"], color=color, marker=marker, s=14, alpha=0.3, linewidth=0, zorder=2
+            )
+            edge = front(group)
+            axes.step(
+                edge["learning"], edge["forgetting"], where="pre", color=color, linewidth=1.5, alpha=0.7, zorder=1
+            )
+            axes.scatter(
+                edge["learning"], edge["forgetting"], color=color, marker=marker, s=60, edgecolor="white", zorder=3
+            )
+            x, y, side = _NAME_AT.get(str(method), (8, -4, "left"))
+            axes.annotate(
+                LABELS[str(method)].replace("weight c", "weight\nc").replace(", ", ",\n"),
+                (edge["learning"].iloc[0], edge["forgetting"].iloc[0]), (x, y), textcoords="offset points", ha=side,
+                color=[0.6 * part for part in mpl.colors.to_rgb(color)], fontsize=10, zorder=4,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+                arrowprops={"arrowstyle": "-", "color": "grey", "shrinkB": 4} if max(abs(x), abs(y)) > 20 else None,
             )  # fmt: skip
         forgetting_axis(axes, table["forgetting"])
-        axes.set_xlabel("learning: share of fine-tuning's gain on the new domain (right is better)")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        axes.set_xlabel("learning: share of fine-tuning's gain\non the new domain (right is better)")
     return figure
 
 
