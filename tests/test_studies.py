@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -14,7 +15,13 @@ from nrlib.errors import ConfigError
 from nrlib.peft_method import active_adapters
 from nrlib.profiles import ALL_METHODS
 from nrlib.studies import several_languages as languages_module
-from nrlib.studies.gates import area_under_curve, gate_activity, read_gates
+from nrlib.studies.gates import (
+    area_under_curve,
+    gate_activity,
+    gates_by_document,
+    read_documents,
+    read_gates,
+)
 from nrlib.studies.inference_cost import WITHOUT_COST, inference_cost
 from nrlib.studies.several_languages import WAYS, _stack_adapter, _with_earlier, several_languages
 from nrlib.texts import PreparedText
@@ -41,6 +48,30 @@ def test_reading_gates_sees_every_token_once_and_leaves_no_hook(tiny_model):
     assert sorted(read) == [0, 1, 2]
     assert all(gates.shape == (100,) and (gates >= 0).all() for gates, _ in read.values())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_documents_are_read_one_by_one_and_cut_at_a_context(tiny_model):
+    options = nrlib.NeutralResiduesConfig(extra_ratio=0.2, gate="relu", gate_memory=4)
+    model = get_peft_model(tiny_model(), options).eval()
+    documents = [torch.randint(1, 60, (length,)).numpy().astype("int32") for length in (7, 30, 5, 0, 12)]
+    parts = [part for document in documents for part in (np.zeros(1, dtype="int32"), document)]
+    stream = TokenStream(np.concatenate([*parts, np.zeros(1, dtype="int32")]), 300)
+    with torch.no_grad():
+        read = read_documents(model, stream, 20)
+        alone = read_documents(model, TokenStream(np.concatenate([[0], documents[2], [0]]), 300), 20)
+    assert [gates.shape for gates in read] == [(3, 7), (3, 19), (3, 5), (3, 12)]  # the empty one has nothing to read
+    assert torch.equal(read[2], alone[0])
+    assert len(read_documents(model, stream, 20, n_documents=2)) == 2
+    assert not any(module._forward_hooks for module in model.base_model.model.model.layers.modules())
+
+
+@pytest.mark.slow
+def test_gates_tell_documents_apart_the_better_the_more_they_read():
+    study = gates_by_document("smoke", "relu", 1, "l1", 5.0, 0)
+    by_token = {int(n): areas["mean"] for n, areas in study["auc_by_token"].items()}
+    assert list(by_token)[:3] == [1, 2, 4] and set(study["auc_by_token"]["1"]) == {"0", "1", "mean"}
+    assert by_token[max(by_token)] > 0.95 and by_token[max(by_token)] >= by_token[1]
+    assert study["auc"] > 0.95 and all(0 < len(values) <= 200 for values in study["documents"].values())
 
 
 @pytest.mark.slow

@@ -33,6 +33,45 @@ def detector_by_layer(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def documents(studies: pd.DataFrame) -> Figure:
+    """Left the mean |gate| of held-out documents, each a point, rows by `kind` of gate and language; right how well it tells
+    the languages apart when only the first tokens of a document are read, each seed a point.
+
+    studies : a row for each result of `gates.gates_by_document`, with the name of its gate under `kind`.
+    """
+    kinds = list(dict.fromkeys(studies["kind"]))
+    random = np.random.default_rng(0)  # scatters points across their row, which has no meaning
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        rows = [(kind, language) for kind in kinds for language in ("old", "new")]
+        for place, (kind, language) in enumerate(rows):
+            found = studies[(studies["kind"] == kind) & (studies["seed"] == studies["seed"].min())]["documents"].iloc[0]
+            index = kinds.index(kind)
+            left.scatter(
+                found[language], -place + random.uniform(-0.3, 0.3, len(found[language])), color=PALETTE[index],
+                marker=MARKERS[index], s=10, alpha=0.4, linewidth=0,
+            )  # fmt: skip
+        left.set_yticks([-place for place in range(len(rows))], [f"{kind}: {language}" for kind, language in rows])
+        left.set(xlabel="mean size of the gate in a document", xlim=(0, None))
+        for index, (kind, group) in enumerate(studies.groupby("kind", sort=False)):
+            areas = pd.DataFrame(
+                {"tokens": int(n), "auc": by["mean"]} for study in group["auc_by_token"] for n, by in study.items()
+            )
+            means = areas.groupby("tokens")["auc"].mean()
+            right.plot(means.index, means, color=PALETTE[index])
+            right.scatter(
+                areas["tokens"], areas["auc"], color=PALETTE[index], marker=MARKERS[index], s=32, edgecolor="white",
+                linewidth=0.5, label=kind, zorder=3,
+            )  # fmt: skip
+        right.set_xscale("log", base=2)
+        right.xaxis.set_major_formatter("{x:g}")
+        right.axhline(0.5, color="black", linewidth=0.8)
+        right.set(xlabel="tokens read of a document", ylabel="area under the curve", ylim=(0.4, 1.02))
+        right.legend(title="gate", loc="lower right", frameon=False)
+    return figure
+
+
 def singular_values(studies: Sequence[dict[str, Any]]) -> Figure:
     """Singular values of W_g over the largest: one panel a gate, one line a layer, the mean over seeds."""
     gates = list(dict.fromkeys(study["gate"] for study in studies))

@@ -10,19 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..adapter import ACTIVATION_FUNCTIONS, GatedAdapter
 from ..backbone import delete_checkpoint
 from ..batches import TokenStream, evaluation_batches
+from ..config import RunConfig
 from ..experiments import arm
 from ..losses import adapters_with_layers
+from ..records import Record
 from ..runs import run_and_keep
-from ..texts import prepare_text
+from ..texts import PreparedText, prepare_text
 
 TEXTS = {"old": "unseen_original", "new": "new"}
 N_SINGULAR_VALUES = 24
+N_DOCUMENTS = 200  # of each language
+MIN_DOCUMENTS = 20  # of each language, for an area under the curve
 
 
 @contextmanager
@@ -92,15 +97,7 @@ def gate_activity(
     forgetting, learning_gain : of the run, the second in bits per byte.
     switched : tokens, and gates by layer, of a text whose language changes sentence by sentence.
     """
-    config = arm(
-        profile, "neutral_residues", gate=gate, gate_memory=gate_memory, local_loss=local_loss,
-        local_loss_weight=local_loss_weight, seed=seed,
-    )  # fmt: skip
-    with torch.enable_grad():
-        record, model = run_and_keep(config, notebook="gates", progress=False)
-    delete_checkpoint(config.run_id)
-    model.eval()
-    text = prepare_text(config.data, config.backbone, progress=False)
+    config, record, model, text = _trained(profile, gate, gate_memory, local_loss, local_loss_weight, seed)
     read = {
         name: read_gates(model, text.held_out[held_out], config.training.context_length)
         for name, held_out in TEXTS.items()
@@ -130,7 +127,76 @@ def gate_activity(
     }  # fmt: skip
 
 
-def switched_text(model: nn.Module, text: Any, n_tokens: int = 24, n_switches: int = 4) -> dict[str, Any]:
+@torch.no_grad()
+def gates_by_document(
+    profile: str, gate: str, gate_memory: int, local_loss: str, local_loss_weight: float, seed: int
+) -> dict[str, Any]:
+    """Study: train neutral residues with a gate, then read held-out documents of both languages, each by itself.
+
+    Returns
+    -------
+    documents : by language, 'old' and 'new', the mean |gate| of each document over its tokens and all layers.
+    auc : the area under the curve of that number as a detector of documents of the new language.
+    auc_by_token : the same when no more than the first 1, 2, 4 … tokens of a document are read, by layer and, under 'mean',
+        for the mean over layers; of documents that have so many.
+    """
+    config, _, model, text = _trained(profile, gate, gate_memory, local_loss, local_loss_weight, seed)
+    read = {
+        name: read_documents(model, text.held_out[held_out], config.training.context_length)
+        for name, held_out in TEXTS.items()
+    }
+    documents = {name: torch.stack([gates.mean() for gates in found]) for name, found in read.items()}
+    auc_by_token: dict[str, dict[str, float]] = {}
+    n_tokens = 1
+    while all(sum(gates.shape[1] >= n_tokens for gates in found) >= MIN_DOCUMENTS for found in read.values()):
+        begun = {
+            name: torch.stack([gates[:, :n_tokens].mean(1) for gates in found if gates.shape[1] >= n_tokens])
+            for name, found in read.items()
+        }  # (documents, layers)
+        by_layer = {
+            str(layer): (begun["old"][:, layer], begun["new"][:, layer]) for layer in range(begun["old"].shape[1])
+        }
+        by_layer["mean"] = (begun["old"].mean(1), begun["new"].mean(1))
+        auc_by_token[str(n_tokens)] = {name: round(area_under_curve(*pair), 5) for name, pair in by_layer.items()}
+        n_tokens *= 2
+    return {
+        "documents": {name: [round(v, 5) for v in values.tolist()] for name, values in documents.items()},
+        "auc": round(area_under_curve(documents["old"], documents["new"]), 5),
+        "auc_by_token": auc_by_token,
+    }
+
+
+def read_documents(
+    model: nn.Module, stream: TokenStream, context_length: int, n_documents: int = N_DOCUMENTS
+) -> list[Tensor]:
+    """|gate| (layers, tokens) of documents spread evenly over a text, each read by itself after an end-of-text token, which
+    is left out; of a long one no more than a context."""
+    ends = np.flatnonzero(stream.tokens == stream.tokens[0])  # a text begins and ends with the separator
+    chosen = np.unique(np.linspace(0, len(ends) - 2, min(n_documents, len(ends) - 1)).round().astype(int))
+    found = []
+    for start, end in zip(ends[chosen], ends[chosen + 1], strict=True):
+        tokens = torch.as_tensor(stream.tokens[start : min(end, start + context_length)].astype("int64"))
+        if len(tokens) > 1:
+            with _recorded(model) as kept:
+                model(input_ids=tokens[None], use_cache=False)
+            found.append(torch.stack([kept[layer][0][0][1:].abs() for layer in sorted(kept)]))
+    return found
+
+
+def _trained(
+    profile: str, gate: str, gate_memory: int, local_loss: str, local_loss_weight: float, seed: int
+) -> tuple[RunConfig, Record, nn.Module, PreparedText]:
+    config = arm(
+        profile, "neutral_residues", gate=gate, gate_memory=gate_memory, local_loss=local_loss,
+        local_loss_weight=local_loss_weight, seed=seed,
+    )  # fmt: skip
+    with torch.enable_grad():
+        record, model = run_and_keep(config, notebook="gates", progress=False)
+    delete_checkpoint(config.run_id)
+    return config, record, model.eval(), prepare_text(config.data, config.backbone, progress=False)
+
+
+def switched_text(model: nn.Module, text: PreparedText, n_tokens: int = 24, n_switches: int = 4) -> dict[str, Any]:
     """Pieces of held-out old and new text in turn, read as one sequence: tokens and gates by layer."""
     pieces: list[Tensor] = []
     for turn in range(n_switches):
