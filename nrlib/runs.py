@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .architecture import count_weights
 from .backbone import backbone_shape, check_context_length, checkpoint_hooks, delete_checkpoint, get_backbone
-from .batches import MixedBatches, evaluation_batches
+from .batches import MixedBatches, TokenStream, evaluation_batches
 from .config import RunConfig
 from .corpora import check_spec, load_corpus
 from .distributed import (
@@ -185,7 +185,7 @@ def extend(
             c,
             local_loss=method.local_loss,
             local_loss_weight=method.local_loss_weight,
-            penalty=_make_penalty(config, text, model),
+            penalty=make_penalty(config, model, text.proxy, lambda: get_backbone(config, text, progress=False)),
             hooks=checkpoint_hooks(config.run_id, fingerprint(made_from), measure=measure, log=log),
             description=config.run_id,
             progress=progress,
@@ -200,14 +200,22 @@ def _spread(model: Any) -> Any:
     return shard(model) if shards_models() else model
 
 
-def _make_penalty(config: RunConfig, text: PreparedText, model: nn.Module) -> Penalty | None:
-    if make_penalty := getattr(rival(config.method.method), "make_penalty", None):
-        assert text.proxy is not None  # RunConfig checks it
-        backbone = get_backbone(config, text, progress=False)
-        sequences = evaluation_batches(text.proxy, config.training.context_length, batch_size=1)
-        return per_step(make_penalty(model, backbone, config.method, sequences))
+def make_penalty(
+    config: RunConfig, model: nn.Module, proxy: TokenStream | None, load_backbone: Callable[[], nn.Module]
+) -> Penalty | None:
+    """The further term of the loss that the method of a run asks for, if any.
+
+    Parameters
+    ----------
+    proxy : original-domain training text, which a run with a penalty has.
+    load_backbone : makes a backbone like the one that `model` was; called only where the model itself no longer holds it.
+    """
+    if make_term := getattr(rival(config.method.method), "make_penalty", None):
+        assert proxy is not None  # RunConfig checks it
+        sequences = evaluation_batches(proxy, config.training.context_length, batch_size=1)
+        return per_step(make_term(model, load_backbone(), config.method, sequences))
     if config.method.kl_weight > 0:
-        return kl_penalty(_backbone_logits(config, text, model), config.method.kl_weight)
+        return kl_penalty(_logits_before(model, load_backbone), config.method.kl_weight)
     return None
 
 
@@ -238,14 +246,14 @@ _BACKBONE_METRICS: dict[Any, dict[str, float]] = {}
 
 
 def _measure_drift(config: RunConfig, text: PreparedText, model: nn.Module) -> dict[str, float]:
-    before = _backbone_logits(config, text, model)
+    before = _logits_before(model, lambda: get_backbone(config, text, progress=False))
     names = [name for name in ("unseen_original", "proxy") if name in text.held_out]
     return _rounded({n: drift(model, before, text.held_out[n], config.training.context_length) for n in names})
 
 
-def _backbone_logits(config: RunConfig, text: PreparedText, model: Any) -> Callable[[Tensor], Tensor]:
+def _logits_before(model: Any, load_backbone: Callable[[], nn.Module]) -> Callable[[Tensor], Tensor]:
     if not hasattr(model, "disable_adapter"):  # fine-tuning has changed the backbone itself
-        return logits_function(_spread(get_backbone(config, text, progress=False)))
+        return logits_function(_spread(load_backbone()))
 
     def logits(inputs: Tensor) -> Tensor:
         with model.disable_adapter():

@@ -176,21 +176,24 @@ NEEDS = {
 }
 
 
-def costs(table: pd.DataFrame, inference: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def costs(table: pd.DataFrame, inference: Sequence[dict[str, Any]], training: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row a method: area of the plane it dominates, least forgetting of the settings that learn `LEARNED` at least,
-    number of settings, extra weights, training time over that of fine-tuning, reading time over the backbone's, and what
-    it needs. A setting is a learning rate and a strength; it counts by the mean over its seeds.
+    number of settings, extra weights, time and peak memory of training over those of fine-tuning, memory that training
+    keeps between its steps over the backbone's, reading time over the backbone's, and what it needs. A setting is a learning rate and a strength; it counts by the mean over its seeds.
 
     Parameters
     ----------
     table : of `with_strength`.
     inference : results of `nrlib.studies.inference_cost`; the median of them is shown.
+    training : results of `nrlib.studies.training_cost`, likewise.
     """
     reading = pd.DataFrame([study["ratios"] for study in inference]).median()
+    time, memory, kept = (
+        pd.DataFrame([study[name] for study in training]).median() for name in ("ratios", "memory", "kept")
+    )
     by_setting = table.groupby(["method", "learning_rate", "strength"], observed=True, dropna=False)
     settings = by_setting[["forgetting", "learning", "extra_weights"]].mean().reset_index()
     worst = settings.loc[settings["method"] == "fine_tuning", "forgetting"].max()
-    speed = table.groupby("method", observed=True)["tokens_per_second"].median()
     rows = [
         {
             "method": method,
@@ -198,7 +201,9 @@ def costs(table: pd.DataFrame, inference: Sequence[dict[str, Any]]) -> pd.DataFr
             **{f"at_{share:.0%}": _least_forgetting(runs, share) for share in LEARNED},
             "settings": len(runs),
             "extra_weights": runs["extra_weights"].median(),
-            "training_time": speed.get("fine_tuning", float("nan")) / speed[method],
+            "training_time": time[method],
+            "training_memory": memory[method],
+            "kept_memory": kept[method],
             "inference_time": reading[method],
             "needs": NEEDS[str(method)],
         }
@@ -214,7 +219,8 @@ def _least_forgetting(runs: pd.DataFrame, learned: float) -> float:
 def readable_costs(costs: pd.DataFrame) -> Styler:
     """`costs` for a page."""
     shown = costs.rename(columns=lambda column: column.replace("_", " "))
-    formats = {"area": "{:.2f}", "extra weights": "{:.1%}", "training time": "{:.2f}", "inference time": "{:.2f}"}
+    ratios = ("area", "training time", "training memory", "kept memory", "inference time")
+    formats = {"extra weights": "{:.1%}", **dict.fromkeys(ratios, "{:.2f}")}
     formats |= {f"at {share:.0%}": "{:.1%}" for share in LEARNED}
     return shown.style.format(formats, na_rep="–").hide(axis="index")
 

@@ -9,6 +9,7 @@ from nrlib.profiles import ALL_METHODS, METHODS, RIVALS
 from nrlib.records import published_records
 from nrlib.storage import project_directory
 from nrlib.studies.inference_cost import inference_cost
+from nrlib.studies.training_cost import training_cost
 from nrlib.study import published_studies
 
 RESULTS = project_directory() / "data" / "results"
@@ -220,7 +221,7 @@ def test_the_best_rate_of_every_rival_lies_within_the_rates_tried(rivals):
 
 @pytest.fixture(scope="module")
 def costs(rivals):
-    return tables.costs(rivals, published_studies(inference_cost)).set_index("method")
+    return tables.costs(rivals, published_studies(inference_cost), published_studies(training_cost)).set_index("method")
 
 
 def test_at_four_fifths_of_the_gain_neutral_residues_forget_least(costs):

@@ -197,14 +197,18 @@ def test_runs_made_before_the_rivals_keep_their_names():
 
 
 def test_the_seeds_of_one_setting_count_once_by_their_mean():
-    columns = ["method", "learning_rate", "strength", "forgetting", "learning", "extra_weights", "tokens_per_second"]
+    columns = ["method", "learning_rate", "strength", "forgetting", "learning", "extra_weights"]
     rows = [
-        ("fine_tuning", 0.01, float("nan"), 0.4, 1.0, 0.0, 200.0),
-        ("neutral_residues", 0.01, 5.0, 0.0, 0.9, 0.2, 100.0),
-        ("neutral_residues", 0.01, 5.0, 0.02, 0.7, 0.2, 100.0),
+        ("fine_tuning", 0.01, float("nan"), 0.4, 1.0, 0.0),
+        ("neutral_residues", 0.01, 5.0, 0.0, 0.9, 0.2),
+        ("neutral_residues", 0.01, 5.0, 0.02, 0.7, 0.2),
     ]
-    ratios = [{"ratios": {"fine_tuning": 1.0, "neutral_residues": 1.2}}]
-    costs = tables.costs(pd.DataFrame(rows, columns=columns), ratios).set_index("method")
+    reading = [{"ratios": {"fine_tuning": 1.0, "neutral_residues": 1.2}}]
+    training = [
+        {name: {"fine_tuning": 1.0, "neutral_residues": value} for name in ("ratios", "memory", "kept")}
+        for value in (0.7, 0.9, 2.0)
+    ]
+    costs = tables.costs(pd.DataFrame(rows, columns=columns), reading, training).set_index("method")
     assert costs["settings"].tolist() == [1, 1]
     assert costs.loc["neutral_residues", "at_80%"] == pytest.approx(0.01)
-    assert costs.loc["neutral_residues", "training_time"] == 2
+    assert (costs.loc["neutral_residues", ["training_time", "training_memory", "kept_memory"]] == 0.9).all()

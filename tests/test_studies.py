@@ -24,6 +24,7 @@ from nrlib.studies.gates import (
 )
 from nrlib.studies.inference_cost import WITHOUT_COST, inference_cost
 from nrlib.studies.several_languages import WAYS, _stack_adapter, _with_earlier, several_languages
+from nrlib.studies.training_cost import LivingTensors, training_cost
 from nrlib.texts import PreparedText
 from nrlib.training import train
 
@@ -157,3 +158,28 @@ def test_the_cost_of_every_method_is_a_ratio_to_the_backbone():
     ratios = inference_cost("smoke", 0.2, n_rounds=2)["ratios"]
     assert list(ratios) == list(ALL_METHODS) and all(ratio > 0 for ratio in ratios.values())
     assert all(ratios[method] == 1 for method in WITHOUT_COST)
+
+
+def test_the_memory_of_a_method_is_what_it_trains_and_what_it_remembers():
+    cost = training_cost("smoke", 0.2, n_rounds=2)
+    assert all(list(cost[name]) == list(ALL_METHODS) for name in ("ratios", "memory", "kept"))
+    assert cost["ratios"]["fine_tuning"] == cost["memory"]["fine_tuning"] == 1
+    kept = cost["kept"]  # weights, two moments of Adam, and a copy of the backbone or two
+    assert kept["fine_tuning"] == pytest.approx(3, abs=0.1) == kept["weight_interpolation"]
+    assert kept["distillation"] - kept["fine_tuning"] == pytest.approx(1, abs=0.05)
+    assert kept["elastic_weight_consolidation"] - kept["fine_tuning"] == pytest.approx(2, abs=0.05)
+    assert all(1.4 < kept[method] < 1.8 for method in ("lora", "vanilla_adapter", "neutral_residues", "gated_lora"))
+
+
+def test_living_tensors_are_counted_until_they_are_freed():
+    with LivingTensors() as tensors:
+        first = torch.ones(100)
+        view = first[:50]
+        assert tensors.alive == 400
+        second = first + 1
+        del second
+        assert (tensors.alive, tensors.peak) == (400, 800)
+        del first
+        assert tensors.alive == 400 and view.numel() == 50  # the view keeps the memory
+        del view
+        assert (tensors.alive, tensors.peak) == (0, 800)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..batches import Batch, MixedBatches, TokenStream
 from ..config import RunConfig, make_config
 from ..machine import pick_device, pick_precision
 from ..methods import apply_method
+from ..penalties import Penalty
 from ..trainer import LocalLossMixin
 from ..training import Hooks, learning_rate_at, make_optimizer, train
 from .inference import OPEN_RATIOS, inference_case
@@ -84,19 +86,26 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else pick_precision("auto", device)
 
 
-def train_with_our_loop(model: nn.Module, batches: MixedBatches, config: RunConfig) -> tuple[Stamp, Stamp, int]:
+def train_with_our_loop(
+    model: nn.Module,
+    batches: MixedBatches,
+    config: RunConfig,
+    penalty: Penalty | None = None,
+    after_step: Callable[[], object] = lambda: None,
+) -> tuple[Stamp, Stamp, int]:
     """All batches through `nrlib.training.train`, timed from the end of the first step to the end of the last."""
     stamps: list[Stamp] = []
 
     def stamp() -> dict[str, float]:
+        after_step()
         stamps.append(Stamp.now())
         return {}
 
     m = config.method
     hooks = Hooks(measure=stamp, n_measurements=batches.n_steps)
     train(
-        model, batches, config.training, local_loss=m.local_loss, local_loss_weight=m.local_loss_weight, hooks=hooks,
-        progress=False,
+        model, batches, config.training, local_loss=m.local_loss, local_loss_weight=m.local_loss_weight, penalty=penalty,
+        hooks=hooks, progress=False,
     )  # fmt: skip
     return stamps[0], stamps[-1], (len(stamps) - 1) * batches.batch_size * batches.context_length
 
