@@ -239,6 +239,14 @@ def test_reading_with_an_extension_takes_longer_than_with_a_changed_backbone(cos
     assert 1.05 < times["neutral_residues"] < 1.25 and times["neutral_residues"] < times["lora"] - 0.05
 
 
+def test_what_changes_every_weight_costs_most_to_train(costs):
+    kept, time = costs["kept_memory"], costs["training_time"]
+    adapters = ["neutral_residues", "vanilla_adapter", "lora", "gated_lora"]
+    assert kept[adapters].max() < 1.7 < 2.9 < kept["fine_tuning"] < kept["distillation"]
+    assert kept["distillation"] < kept["elastic_weight_consolidation"] == kept.max()
+    assert 0.8 < time["neutral_residues"] < 0.9 < time["fine_tuning"] < 1.05 < time["distillation"] == time.max()
+
+
 def test_nearly_all_of_the_gain_takes_every_weight(rivals, costs):
     at_95 = costs["at_95%"].dropna().sort_values()
     order = ["distillation", "elastic_weight_consolidation", "weight_interpolation", "fine_tuning"]
