@@ -117,27 +117,27 @@ def test_the_far_goal_is_met_on_forgetting_and_missed_on_learning_by_a_point(ext
     assert ((wide["n_changed"] / wide["n_held_out"]) < 0.001).all()
 
 
-TEXTS = {"original": "old", "debian-docs:fr": "first", "debian-docs:de": "second"}
+TEXTS = {"original": "old", "debian-docs:fr": "first", "debian-docs:de": "second", "debian-docs:ru": "third"}
+
+
+def bits_of(n_languages):
+    """Bits per byte of each text before, after French alone and at the end of every way."""
+    texts = dict(list(TEXTS.items())[: 1 + n_languages])
+    return pd.DataFrame(
+        {"method": s["method"], "way": s["way"], "seed": s["seed"], "at": at}
+        | {new: s["stages"][at][name] for name, new in texts.items()}
+        for s in published_studies(several_languages)
+        if s["languages"] == list(texts)[1:]
+        for at in (0, 1, -1)
+    )
 
 
 @pytest.fixture(scope="module")
 def bits(published_results):
-    """Bits per byte of each text before, after French alone and at the end of every way: means of three seeds."""
-    table = pd.DataFrame(
-        {
-            "method": s["method"],
-            "way": s["way"],
-            "seed": s["seed"],
-            "at": at,
-            **{new: s["stages"][at][name] for name, new in TEXTS.items()},
-        }
-        for s in published_studies(several_languages)
-        if s["languages"] == list(TEXTS)[1:]
-        for at in (0, 1, -1)
-    )
-    runs = table.groupby(["at", "method", "way"])
+    """Two languages: means of three seeds."""
+    runs = bits_of(2).groupby(["at", "method", "way"])
     assert (runs["seed"].nunique() == 3).all() and len(runs) == 3 * 7
-    return runs[list(TEXTS.values())].mean()
+    return runs[["old", "first", "second"]].mean()
 
 
 def test_neutral_residues_keep_the_old_language_whatever_the_way_to_two(bits):
@@ -164,6 +164,18 @@ def test_replay_beside_adapters_that_stay_keeps_both_new_languages_and_fine_tuni
     assert (fine_tuned.loc["in turn with replay"] < replayed)[["first", "second"]].all()
     lost = bits.loc[-1, "first"] - bits.loc[1, "first"]
     assert lost["neutral_residues", "in turn with replay"] < 0.15 < 0.4 < lost["fine_tuning", "in turn with replay"]
+
+
+def test_a_third_language_changes_little_for_the_first_two_and_is_learned_least(bits):
+    three = bits_of(3).set_index(["at", "method", "way"]).sort_index()
+    assert len(three) == 3 * 7
+    forgetting = (three.loc[-1] / three.loc[0] - 1)["old"]
+    assert forgetting["neutral_residues"].max() < 0.01 and forgetting["fine_tuning"].min() > 0.4
+    for way in ("in turn with replay", "an adapter each"):
+        further = three.loc[(-1, "neutral_residues", way)] - bits.loc[(-1, "neutral_residues", way)]
+        assert further[["first", "second"]].max() < 0.05, (way, further)
+    third = three.loc[-1, "third"]
+    assert third["neutral_residues"].min() > 3 * third["fine_tuning"].max()
 
 
 def test_the_recommended_setting_forgets_least_in_every_new_domain(records):
