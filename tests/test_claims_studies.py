@@ -174,6 +174,8 @@ def test_a_third_language_changes_little_for_the_first_two_and_is_learned_least(
     for way in ("in turn with replay", "an adapter each"):
         further = three.loc[(-1, "neutral_residues", way)] - bits.loc[(-1, "neutral_residues", way)]
         assert further[["first", "second"]].max() < 0.05, (way, further)
+    after = three.loc[(-1, "neutral_residues", "one after the other"), ["first", "second"]]
+    assert (after / three.loc[(0, "neutral_residues", "one after the other"), ["first", "second"]]).min() > 0.99
     third = three.loc[-1, "third"]
     assert third["neutral_residues"].min() > 3 * third["fine_tuning"].max()
 
