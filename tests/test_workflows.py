@@ -39,6 +39,7 @@ def test_the_workflows_are_those_that_are_announced() -> None:
     assert set(WORKFLOWS) == {"book", "links", "pages", "reproduce", "test"}
     matrix = WORKFLOWS["test"]["jobs"]["test"]["strategy"]["matrix"]
     assert len(matrix["python"]) == 3 and {system.split("-")[0] for system in matrix["system"]} == {"ubuntu", "macos"}
+    assert WORKFLOWS["test"]["jobs"]["oldest"]["steps"][-1] == {"run": "make matrix"}
     assert set(triggers("book")) == {"push", "pull_request", "workflow_call"}
     assert triggers("pages") == {"push": {"tags": ["v*"]}}
     assert "schedule" in triggers("links")
