@@ -7,7 +7,7 @@ from nrlib import experiments, tables
 from nrlib.evaluation import learning
 from nrlib.profiles import PRESETS
 from nrlib.records import published_records
-from nrlib.studies.gates import gate_activity
+from nrlib.studies.gates import gate_activity, gates_by_document
 from nrlib.studies.new_tokens import new_tokens
 from nrlib.studies.several_languages import several_languages
 from nrlib.study import published_studies
@@ -48,6 +48,17 @@ def test_relu_gates_are_shut_on_old_text_and_where_they_are_on_new_it_is_early(g
     relu = gates[gates["kind"] == "relu"].groupby("layer")[["zero_old", "zero_new"]].mean()
     assert relu["zero_old"].min() > 0.8
     assert relu["zero_new"].iloc[:2].min() > 0.4 > 0.1 > relu["zero_new"].iloc[2:].max()
+
+
+def test_whole_documents_do_not_overlap_and_their_first_token_says_nothing(published_results):
+    studies = pd.DataFrame(published_studies(gates_by_document))
+    assert (studies.groupby("gate_memory")["seed"].nunique() == 3).all() and set(studies["gate_memory"]) == {1, 64}
+    gaps = studies["documents"].map(lambda documents: min(documents["new"]) - max(documents["old"]))
+    assert gaps.groupby(studies["gate_memory"]).min()[1] > 0.3 and gaps.min() > 0.2
+    areas = pd.DataFrame({int(n): by["mean"] for n, by in found.items()} for found in studies["auc_by_token"])
+    by_memory = areas.groupby(studies["gate_memory"]).mean()
+    assert by_memory[1].between(0.4, 0.65).all() and by_memory[4].between(0.85, 0.95).all()
+    assert (by_memory[16] > 0.98).all() and (by_memory.loc[1] - by_memory.loc[64])[[4, 8, 16]].abs().max() < 0.05
 
 
 def test_no_unit_is_kept_for_the_old_language(gates):

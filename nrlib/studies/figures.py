@@ -67,8 +67,8 @@ def documents(studies: pd.DataFrame) -> Figure:
         right.set_xscale("log", base=2)
         right.xaxis.set_major_formatter("{x:g}")
         right.axhline(0.5, color="black", linewidth=0.8)
-        right.set(xlabel="tokens read of a document", ylabel="area under the curve", ylim=(0.4, 1.02))
-        right.legend(title="gate", loc="lower right", frameon=False)
+        right.set(xlabel="tokens read of a document", ylabel="area under the curve", ylim=(0.35, 1.02))
+        right.legend(title="gate", loc="center right", frameon=False)
     return figure
 
 
