@@ -214,14 +214,22 @@ def rivals(records):
     best = tables.best_learning_rates(select(records, grid))
     repeated = experiments.at_rates("laptop", best, [1, 2], extra_ratio=0.2)
     repeated += experiments.at_rates("laptop", experiments.FURTHER_RATES, [1, 2], extra_ratio=0.2)
-    repeated = [run for run in repeated if run.run_id in records]
     return tables.with_strength(select(records, [*grid, *repeated]))
 
 
 def test_the_best_rate_of_every_rival_lies_within_the_rates_tried(rivals):
-    for method, best in tables.best_learning_rates(rivals).items():
+    for method, best in tables.best_learning_rates(rivals[rivals["seed"] == 0]).items():
         tried = rivals.loc[rivals["method"] == method, "learning_rate"]
         assert tried.min() < best < tried.max(), method
+
+
+def test_no_method_keeps_the_old_language_without_text_of_it(records, rivals):
+    best = tables.best_learning_rates(rivals[rivals["seed"] == 0])
+    runs = select(records, experiments.without_replay("laptop", best, [0, 1, 2], extra_ratio=0.2))
+    settings = runs.groupby("method", observed=True)
+    assert (settings["seed"].nunique() == 3).all() and len(settings) == len(ALL_METHODS) - 1
+    forgetting = settings["forgetting"].mean()
+    assert forgetting.idxmin() == "gated_lora" and forgetting.min() > 0.4 and forgetting.idxmax() == "fine_tuning"
 
 
 @pytest.fixture(scope="module")
