@@ -33,11 +33,13 @@ METHOD_STYLE = {
     "elastic_weight_consolidation": ((0.5, 0.45, 0.0), ">"), "distillation": (PALETTE[9], "p"),
     "recommended": ("black", "h"),
 }  # fmt: skip
-# Where the plane of fronts is free beside a front's end, in points to the right and up; others stand to the right.
-_NAME_AT: dict[str, tuple[float, float, Literal["left", "right"]]] = {
-    "fine_tuning": (-30, 4, "right"), "lora": (-8, -3, "right"), "vanilla_adapter": (-8, -8, "right"),
-    "block_expansion": (8, -10, "left"), "orthogonal_finetuning": (-8, -3, "right"), "gated_lora": (-8, -6, "right"),
-    "neutral_residues": (-8, -4, "right"), "elastic_weight_consolidation": (-12, -95, "left"), "distillation": (-8, -4, "right"),
+# Where the plane of fronts is free beside an end of a front, the first the one of least forgetting: points to the right and
+# up. Others stand to the right of the first.
+_NAME_AT: dict[str, tuple[int, float, float, Literal["left", "right"]]] = {
+    "fine_tuning": (-1, 8, 4, "left"), "lora": (0, -8, -3, "right"), "vanilla_adapter": (0, -8, -8, "right"),
+    "block_expansion": (0, 8, -10, "left"), "orthogonal_finetuning": (0, -8, -3, "right"),
+    "gated_lora": (0, -8, -6, "right"), "elastic_weight_consolidation": (-1, 8, -16, "left"),
+    "distillation": (0, -8, -4, "right"), "neutral_residues": (0, -8, -4, "right"),
 }  # fmt: skip
 SITE_LABELS = {
     "ffn": "beside the FFN", "attention": "beside attention", "persistent_memory": "persistent vectors in attention",
@@ -94,7 +96,7 @@ def learning_forgetting_plane(table: pd.DataFrame, best: pd.DataFrame) -> Figure
 
 def fronts(table: pd.DataFrame) -> Figure:
     """Learning against forgetting: each method's front as a staircase, through the means over seeds of the settings that
-    no other of its settings beats; every run is a faint point. A name stands at its front's least forgetting."""
+    no other of its settings beats; every run is a faint point. A name stands at an end of its front."""
     settings = ["method", "learning_rate", "strength"]
     means = table.groupby(settings, observed=True, dropna=False)[["learning", "forgetting"]].mean().reset_index()
     with mpl.rc_context(STYLE):
@@ -113,13 +115,12 @@ def fronts(table: pd.DataFrame) -> Figure:
             axes.scatter(
                 edge["learning"], edge["forgetting"], color=color, marker=marker, s=60, edgecolor="white", zorder=3
             )
-            x, y, side = _NAME_AT.get(str(method), (8, -4, "left"))
+            end, x, y, side = _NAME_AT.get(str(method), (0, 8, -4, "left"))
             axes.annotate(
                 LABELS[str(method)].replace("weight c", "weight\nc").replace(", ", ",\n"),
-                (edge["learning"].iloc[0], edge["forgetting"].iloc[0]), (x, y), textcoords="offset points", ha=side,
+                (edge["learning"].iloc[end], edge["forgetting"].iloc[end]), (x, y), textcoords="offset points", ha=side,
                 color=[0.6 * part for part in mpl.colors.to_rgb(color)], fontsize=10, zorder=4,
                 path_effects=[withStroke(linewidth=2, foreground="white")],
-                arrowprops={"arrowstyle": "-", "color": "grey", "shrinkB": 4} if max(abs(x), abs(y)) > 20 else None,
             )  # fmt: skip
         forgetting_axis(axes, table["forgetting"])
         axes.set_xlabel("learning: share of fine-tuning's gain\non the new domain (right is better)")

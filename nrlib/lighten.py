@@ -75,7 +75,7 @@ def _late(page: Path, attributes: str) -> str:
     """An image that is loaded when it comes near, in a place of its size: text below does not jump then."""
     source = re.search(r'\bsrc="([^"?]+\.png)', attributes)
     size = ""
-    if source and "width" not in attributes and (file := page.parent / source[1]).is_file():
+    if source and not re.search(r"\bwidth=", attributes) and (file := page.parent / source[1]).is_file():
         width, height = struct.unpack(">2I", file.read_bytes()[16:24])  # where every PNG has them
         size = f'width="{width}" height="{height}" '
     return f'<img loading="lazy" {size}{attributes}>'

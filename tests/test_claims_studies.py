@@ -50,14 +50,15 @@ def test_relu_gates_are_shut_on_old_text_and_where_they_are_on_new_it_is_early(g
     assert relu["zero_new"].iloc[:2].min() > 0.4 > 0.1 > relu["zero_new"].iloc[2:].max()
 
 
-def test_whole_documents_do_not_overlap_and_their_first_token_says_nothing(published_results):
+def test_documents_do_not_overlap_and_from_four_tokens_on_the_memory_does_not_matter(published_results):
     studies = pd.DataFrame(published_studies(gates_by_document))
     assert (studies.groupby("gate_memory")["seed"].nunique() == 3).all() and set(studies["gate_memory"]) == {1, 64}
     gaps = studies["documents"].map(lambda documents: min(documents["new"]) - max(documents["old"]))
-    assert gaps.groupby(studies["gate_memory"]).min()[1] > 0.3 and gaps.min() > 0.2
+    assert gaps.groupby(studies["gate_memory"]).min()[1] > 0.3 and gaps.min() > 0.25
     areas = pd.DataFrame({int(n): by["mean"] for n, by in found.items()} for found in studies["auc_by_token"])
     by_memory = areas.groupby(studies["gate_memory"]).mean()
-    assert by_memory[1].between(0.4, 0.65).all() and by_memory[4].between(0.85, 0.95).all()
+    assert by_memory[1].between(0.4, 0.65).all() and by_memory.loc[64, 2] > by_memory.loc[1, 2] + 0.1
+    assert by_memory[4].between(0.85, 0.95).all()
     assert (by_memory[16] > 0.98).all() and (by_memory.loc[1] - by_memory.loc[64])[[4, 8, 16]].abs().max() < 0.05
 
 

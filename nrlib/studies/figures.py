@@ -67,6 +67,15 @@ def documents(studies: pd.DataFrame) -> Figure:
         right.set_xscale("log", base=2)
         right.xaxis.set_major_formatter("{x:g}")
         right.axhline(0.5, color="black", linewidth=0.8)
+        right.annotate(
+            "chance",
+            (1, 0.5),
+            (-3, 3),
+            xycoords=right.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+        )
         right.set(xlabel="tokens read of a document", ylabel="area under the curve", ylim=(0.35, 1.02))
         right.legend(title="gate", loc="center right", frameon=False)
     return figure
