@@ -38,8 +38,9 @@ class GatedResidue(nn.Module):
 
     def gate_values(self, x: Tensor) -> Tensor:
         """gate(x), (B, T, 1)."""
-        assert self.block_gate is not None, "gate = 'none' has no values"
-        return GATE_FUNCTIONS[self.gate](self.block_gate(x))
+        block_gate = self.block_gate
+        assert block_gate is not None, "gate = 'none' has no values"
+        return GATE_FUNCTIONS[self.gate](block_gate(x))
 
 
 def initial_variance(d_model: int, n_layers: int, initialisation: str) -> float:

@@ -178,11 +178,12 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name not in adapters:
                 continue
-            if isinstance(adapters[name], PersistentMemory):
-                extended = extended + adapters[name](x, self.base_layer).to(extended.dtype)
+            adapter = adapters[name]
+            if isinstance(adapter, PersistentMemory):
+                extended = extended + adapter(x, self.base_layer).to(extended.dtype)
             else:
                 adapter_input = x if self.neutral_residues_positions[name] == "parallel" else block_output
-                extended = add_residue(extended, adapters[name], adapter_input)
+                extended = add_residue(extended, adapter, adapter_input)
         return (extended, *output[1:]) if isinstance(output, tuple) else extended
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

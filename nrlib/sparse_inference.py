@@ -28,14 +28,16 @@ LARGEST_OPEN_RATIO = 0.85  # with more gates open, moving rows costs what is sav
 
 def add_residue(output: Tensor, adapter: GatedAdapter, x: Tensor) -> Tensor:
     """output (…, D) + residue(x) for the hidden states x (…, D), skipping closed gates where that pays."""
-    x = x.to(adapter.input_projection.weight.dtype)  # PEFT keeps adapters of a half-precision backbone in float32
+    dtype = adapter.input_projection.weight.dtype
+    if x.dtype != dtype:  # PEFT keeps adapters of a half-precision backbone in float32
+        x = x.to(dtype)
     if not may_skip(adapter, x):
         return output + adapter(x).to(output.dtype)
     gates = adapter.gate_values(x)  # (…, 1)
     n_tokens, n_open = gates.numel(), int(gates.count_nonzero())
     if n_open == 0:
         return output
-    if not is_worthwhile(adapter, x, n_tokens - n_open) or n_open > LARGEST_OPEN_RATIO * n_tokens:
+    if n_open > LARGEST_OPEN_RATIO * n_tokens or not is_worthwhile(adapter, x, n_tokens - n_open):
         return output + (gates * adapter.glu(x)).to(output.dtype)
     rows = gates.flatten().nonzero().squeeze(1)  # (n_open,)
     residue = gates.reshape(-1, 1)[rows] * adapter.glu(x.reshape(n_tokens, -1)[rows])  # (n_open, D)
