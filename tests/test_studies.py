@@ -23,6 +23,7 @@ from nrlib.studies.gates import (
     read_gates,
 )
 from nrlib.studies.inference_cost import WITHOUT_COST, inference_cost
+from nrlib.studies.language_identifier import count_log_odds, language_identifier, switched
 from nrlib.studies.several_languages import WAYS, _stack_adapter, _with_earlier, several_languages
 from nrlib.studies.training_cost import LivingTensors, training_cost
 from nrlib.texts import PreparedText
@@ -183,3 +184,49 @@ def test_living_tensors_are_counted_until_they_are_freed():
         assert tensors.alive == 400 and view.numel() == 50  # the view keeps the memory
         del view
         assert (tensors.alive, tensors.peak) == (0, 800)
+
+
+def test_the_identifier_counts_tokens():
+    new, original = (TokenStream(np.array(tokens, dtype="int32"), 9) for tokens in ([1, 1, 2], [0, 1]))
+    expected = np.log(np.array([1 / 6, 3 / 6, 2 / 6]) / np.array([2 / 5, 2 / 5, 1 / 5]))
+    np.testing.assert_allclose(count_log_odds(new, original, 3), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("has_adapters", [True, False])
+def test_the_extension_is_on_only_where_the_last_tokens_look_new(tiny_model, has_adapters):
+    backbone = tiny_model().eval()
+    if has_adapters:
+        options = nrlib.NeutralResiduesConfig(extra_ratio=0.2, gate="none", local_loss="none")
+        model = get_peft_model(tiny_model(), options).eval()
+        for adapter in active_adapters(model):
+            torch.nn.init.normal_(adapter.output_projection.weight, std=0.1)
+    else:
+        torch.manual_seed(1)
+        model = tiny_model().eval()
+        torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    log_odds = torch.where(torch.arange(60) < 30, -1.0, 1.0)
+    old, new = torch.arange(8)[None], torch.arange(40, 48)[None]
+    tokens = torch.cat([old, new], dim=1)
+    with torch.no_grad():
+        alone, before = model(input_ids=tokens).logits, backbone(input_ids=tokens).logits
+        with switched(model, backbone, log_odds, memory=2) as (reader, shares):
+            logits = reader(input_ids=tokens, use_cache=False).logits
+            whole = reader(input_ids=new, use_cache=False).logits
+        assert shares[0].tolist() == [False] * 9 + [True] * 7  # the first new token leaves a doubt
+        torch.testing.assert_close(logits[:, :9], before[:, :9])
+        assert not torch.allclose(logits[:, 9:], before[:, 9:], atol=1e-3)
+        torch.testing.assert_close(whole, model(input_ids=new).logits)
+        if not has_adapters:
+            torch.testing.assert_close(logits[:, 9:], alone[:, 9:])
+        torch.testing.assert_close(model(input_ids=tokens).logits, alone)  # no hook is left
+
+
+def test_without_a_memory_nothing_is_switched(tiny_model):
+    model = tiny_model()
+    with switched(model, tiny_model(), torch.zeros(60), memory=0) as (reader, _):
+        assert reader is model
+
+
+def test_the_identifier_takes_methods_that_are_the_same_on_every_token():
+    with pytest.raises(ConfigError, match="vanilla_adapter, fine_tuning"):
+        language_identifier("smoke", LANGUAGES[0], "neutral_residues", [1], 0)
