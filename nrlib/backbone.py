@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 BACKBONE_VERSION = 1
 PRETRAINING_BATCH_SIZE = 16
+N_SAMPLES, SAMPLE_BYTES = 64, 65_536  # of each file of weights
 
 
 def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -> PreTrainedModel:
@@ -47,6 +49,27 @@ def get_backbone(config: RunConfig, text: PreparedText, progress: bool = True) -
     if not shards_models() and getattr(model, "hf_quantizer", None) is None:
         model = model.to(pick_device())
     return model.eval()
+
+
+def weights_fingerprint(name: str) -> str | None:
+    """What tells the weights in a local folder from others that lay there before: the sizes of its files and samples of
+    their bytes. None for a name on the hub, and for a backbone that is trained here.
+
+    Reading all of a large model would take longer than a run that is only looked up.
+    """
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        return None
+    found = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        size = path.stat().st_size if path.exists() else 0
+        found.update(f"{path.name} {size}".encode())
+        if size:
+            with path.open("rb") as file:
+                for place in range(0, size, max(1, size // N_SAMPLES)):
+                    file.seek(place)
+                    found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def load_backbone(name: str) -> PreTrainedModel:

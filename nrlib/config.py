@@ -150,7 +150,9 @@ class TrainingConfig:
         0.1, "learning rate at the end of the cosine, over its peak", minimum=0.0, maximum=1.0
     )
     weight_decay: float = parameter(0.0, "AdamW weight decay on matrices", minimum=0.0)
-    max_gradient_norm: float = parameter(1.0, "clipping threshold of the gradient's norm", minimum=0.0)
+    max_gradient_norm: float = parameter(
+        1.0, "clipping threshold of the gradient's norm; a large one never clips", minimum=1e-6
+    )
     precision: str = parameter("auto", "auto uses bfloat16 where the processor gains from it", choices=PRECISIONS)
 
 

@@ -42,6 +42,8 @@ DIALS = (
     Dial("kl_weight", "KL weight", ("kl_weight",)),
     Dial("learning_rate", "learning rate", ("learning_rate",)),
     Dial("n_tokens", "training tokens", ("n_tokens",)),
+    Dial("extra_ratio", "extra weights", ("extra_ratio",)),
+    Dial("new_domain", "new domain", ("new_domain",)),
     Dial("gate", "gate", ("gate",)),
     Dial("local_loss", "local loss", ("local_loss",)),
     Dial("gate_memory", "memory of the gate", ("gate_memory",)),

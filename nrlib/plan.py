@@ -199,6 +199,6 @@ def _text_notes(config: RunConfig) -> Iterator[str]:
         if n_epochs > 1:
             yield (
                 f"{role}: {kind}:{rest} stops at {limit}, so training would read the same text about {n_epochs:,.0f} "
-                f"times (at {ASSUMED_BYTES_PER_TOKEN:g} bytes a token). Each token new takes "
-                f"#{needed * ASSUMED_BYTES_PER_TOKEN / 1e6:.0f}MB, which nrlib would hold in memory as a whole."
+                f"times (at {ASSUMED_BYTES_PER_TOKEN:g} bytes a token). To read every token once, append "
+                f"#{needed * ASSUMED_BYTES_PER_TOKEN / 1e6:.0f}MB to the name: all of it is held in memory."
             )

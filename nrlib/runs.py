@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import count_weights
-from .backbone import backbone_shape, check_context_length, checkpoint_hooks, delete_checkpoint, get_backbone
+from .backbone import (
+    backbone_shape,
+    check_context_length,
+    checkpoint_hooks,
+    delete_checkpoint,
+    get_backbone,
+    weights_fingerprint,
+)
 from .batches import MixedBatches, TokenStream, evaluation_batches
 from .config import RunConfig
 from .corpora import check_spec, load_corpus
@@ -44,6 +51,7 @@ from .tokenization import load_tokenizer
 from .training import TrainingState, train
 
 Log = Callable[[int, Mapping[str, float]], None]
+WHOLE_COPIES = ("weight_interpolation", "elastic_weight_consolidation")
 
 
 def run_or_load(config: RunConfig, *, notebook: str = "", progress: bool = True, log: Log | None = None) -> Record:
@@ -77,6 +85,8 @@ def stored_record(config: RunConfig) -> Record | None:
                 continue
             if load_corpus(spec, progress=False).fingerprint[:16] != record.provenance["corpora"][role]["fingerprint"]:
                 return None
+        if record.provenance.get("backbone") != weights_fingerprint(config.backbone.backbone_name):
+            return None
     return record
 
 
@@ -92,6 +102,11 @@ def check_run(config: RunConfig) -> None:
     for spec in (config.data.original, config.data.proxy, config.data.unseen_original, config.data.new_domain):
         if spec:
             check_spec(spec)
+    if shards_models() and config.method.method in WHOLE_COPIES:
+        raise ConfigError(
+            f"method = {config.method.method!r} keeps whole copies of the backbone's weights, which --parallel fsdp spreads "
+            "over the processes. Use --parallel ddp, or another method."
+        )
     _n_steps(config)
     check_division(config.training.batch_size, config.training.accumulation_steps)
     shape = backbone_shape(config)
@@ -140,6 +155,8 @@ def run_and_keep(
         "gate_statistics": [row for row in statistics if row["text"] in TEST_SETS],
     }
     provenance = collect_provenance(config, text.corpora, device, state.seconds, git_at_start)
+    if weights := weights_fingerprint(config.backbone.backbone_name):
+        provenance["backbone"] = weights
     if n_processes() > 1:
         provenance["n_processes"] = n_processes()
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance), model
@@ -171,6 +188,8 @@ def extend(
     """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
     c, method = config.training, config.method
     made_from = [RESULT_VERSION, text.corpora, *(git_state() if is_publishing() else ())]
+    if weights := weights_fingerprint(config.backbone.backbone_name):
+        made_from.append(weights)
     batches = make_batches(config, text)
     model = _spread(apply_method(backbone, method, config.seed))
 
@@ -232,7 +251,8 @@ def _n_steps(config: RunConfig) -> int:
 
 def backbone_metrics(config: RunConfig, text: PreparedText) -> dict[str, float]:
     """Bits per byte of the backbone on every held-out text; kept in memory, since all runs of a sweep share it."""
-    key = (config.data, config.backbone, config.training.context_length, config.training.precision)
+    weights = weights_fingerprint(config.backbone.backbone_name)
+    key = (config.data, config.backbone, weights, config.training.context_length, config.training.precision)
     if key not in _BACKBONE_METRICS:
         backbone = _spread(get_backbone(config, text, progress=False))
         _BACKBONE_METRICS[key] = {

@@ -10,7 +10,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from .config import RunConfig, flat_values, make_config, parameters
-from .evaluation import learning
+from .evaluation import forgetting, learning
 from .profiles import ALL_METHODS, STRENGTHS
 from .records import Record
 
@@ -38,11 +38,13 @@ def flat_records(records: Sequence[Record], references: Iterable[Record] = ()) -
             row |= asdict(getattr(config, part))
         row["seed"] = config.seed
         fine_tuning = best.get(_setting(config))
-        new, backbone_new = results["bits_per_byte"]["new"], results["backbone_bits_per_byte"]["new"]
+        after, before = results["bits_per_byte"], results["backbone_bits_per_byte"]
+        validation = "unseen_original_validation"
         row |= {
             "forgetting": results["forgetting"]["unseen_original"],
+            "forgetting_validation": round(forgetting(after[validation], before[validation]), 5),
             "forgetting_proxy": results["forgetting"].get("proxy"),
-            "learning": None if fine_tuning is None else round(learning(new, backbone_new, fine_tuning), 5),
+            "learning": None if fine_tuning is None else round(learning(after["new"], before["new"], fine_tuning), 5),
             "drift": results["drift"]["unseen_original"],
             "bits_per_byte": results["bits_per_byte"],
             "backbone_bits_per_byte": results["backbone_bits_per_byte"],
@@ -89,7 +91,8 @@ def at_best_rate(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Mean over seeds, lowest and highest, of forgetting and learning, and the number of seeds."""
+    """Mean over seeds, lowest and highest, of forgetting and learning, and the number of seeds. Where the table has them,
+    the means of drift and of forgetting on validation text, by which no setting was chosen."""
     grouped = table.groupby(list(by), observed=True, dropna=False)
     return grouped.agg(
         seeds=("seed", "nunique"),
@@ -99,7 +102,7 @@ def summary(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         learning=("learning", "mean"),
         learning_min=("learning", "min"),
         learning_max=("learning", "max"),
-        drift=("drift", "mean"),
+        **{name: (name, "mean") for name in ("forgetting_validation", "drift") if name in table},
     ).reset_index()
 
 
@@ -118,10 +121,12 @@ def readable(summary: pd.DataFrame) -> Styler:
 
     dropped = [column for column in summary if column.endswith(("_min", "_max"))]
     shown = summary.drop(columns=dropped).assign(forgetting=percent("forgetting", 2), learning=percent("learning", 1))
+    if "forgetting_validation" in shown:
+        shown["forgetting_validation"] = shown["forgetting_validation"].map("{:.2%}".format)
     shown.columns = [column.replace("_", " ") for column in shown]
     settings = shown.loc[:, :"seeds"].select_dtypes("float")
     by = [column for column in shown.loc[:, :"seeds"].columns[:-1] if column != "learning rate"]
-    first = [*by, "forgetting", "learning"]
+    first = [name for name in (*by, "forgetting", "learning", "forgetting validation") if name in shown]
     shown = shown[first + [column for column in shown if column not in first]]
     return shown.style.format(dict.fromkeys(settings, "{:g}"), precision=4, na_rep="–").hide(axis="index")
 

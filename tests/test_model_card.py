@@ -17,7 +17,9 @@ from transformers import Trainer, TrainingArguments
 
 import nrlib
 from nrlib import upload
+from nrlib.errors import ConfigError
 from nrlib.model_card import MARK, CardDetails, write_model_card
+from nrlib.peft_method import active_adapters
 
 MEASURED = [("new domain", "debian-docs:fr", 4.0, 1.5), ("original domain", "debian-docs:en", 1.5, 1.51)]
 
@@ -96,6 +98,23 @@ def test_code_of_an_uploaded_card_loads_the_model(model, uploads, monkeypatch, t
     assert (data.base_model, data.language, data.license) == ("acme/base", ["fr", "en"], "apache-2.0")
     assert data.library_name == "peft" and {"neutral-residues", "nrlib"} <= set(data.tags)
     assert [result.metric_value for result in data.eval_results] == [1.5, 1.51]
+
+
+def test_an_adapter_of_another_name_is_uploaded_where_its_card_looks(uploads, monkeypatch):
+    build_tiny_model().save_pretrained(uploads / "acme" / "base")
+    model = get_peft_model(build_tiny_model(), nrlib.NeutralResiduesConfig(extra_ratio=0.2), adapter_name="french")
+    model.add_adapter("danish", nrlib.NeutralResiduesConfig(extra_ratio=0.2))
+    for adapter in active_adapters(model):
+        torch.nn.init.normal_(adapter.output_projection.weight)
+    model.peft_config["french"].base_model_name_or_path = "acme/base"
+    nrlib.push_to_hub(model, "me/french")
+    folder = uploads / "me" / "french"
+    assert (folder / "adapter_config.json").is_file() and not [p for p in folder.iterdir() if p.is_dir()]
+    monkeypatch.chdir(uploads)
+    torch.testing.assert_close(run_code(folder, TOKENS), logits_of(model, TOKENS))
+    model.base_model.set_adapter(["french", "danish"])
+    with pytest.raises(ConfigError, match="2 adapters are active"):
+        nrlib.push_to_hub(model, "me/both")
 
 
 def test_card_says_what_is_known(model, tmp_path):

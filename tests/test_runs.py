@@ -18,9 +18,10 @@ import torch
 import nrlib
 from nrlib import machine, records, runs, tasks
 from nrlib import sweep as sweeping
+from nrlib.backbone import get_backbone
 from nrlib.batches import MixedBatches
 from nrlib.config import MethodConfig, make_config
-from nrlib.errors import RecordError
+from nrlib.errors import ConfigError, RecordError
 from nrlib.methods import apply_method
 from nrlib.records import load_record, published_records, read_record, save_record
 from nrlib.runs import run, run_or_load
@@ -35,6 +36,7 @@ from nrlib.tables import (
     results_table,
     summary,
 )
+from nrlib.texts import prepare_text
 
 
 def refuse(*_, **__):
@@ -519,3 +521,29 @@ def test_a_record_of_files_that_changed_does_not_count(small_config, tmp_path):
     assert runs.stored_record(config) == stored
     path.write_text("\n".join(rows[1:]))
     assert runs.stored_record(config) is None
+
+
+def test_a_record_of_a_backbone_whose_weights_changed_does_not_count(small_config, tmp_path):
+    first = small_config()
+    text = prepare_text(first.data, first.backbone, progress=False)
+    backbone = get_backbone(first, text, progress=False)
+    backbone.save_pretrained(tmp_path)
+    text.tokenizer.save_pretrained(tmp_path)
+    config = make_config(
+        "smoke", backbone_name=str(tmp_path), n_tokens=2 * 4 * 32, batch_size=4, context_length=32, precision="float32"
+    )
+    stored = run_or_load(config, progress=False)
+    assert runs.stored_record(config) == stored
+    with torch.no_grad():
+        next(backbone.parameters()).add_(0.1)
+    backbone.save_pretrained(tmp_path)
+    assert runs.stored_record(config) is None
+    again = run_or_load(config, progress=False)  # in the same process: what is kept in memory is of the old weights
+    assert again.results["backbone_bits_per_byte"] != stored.results["backbone_bits_per_byte"]
+
+
+@pytest.mark.parametrize("method", runs.WHOLE_COPIES)
+def test_a_method_that_keeps_copies_of_all_weights_is_refused_where_they_are_spread(small_config, monkeypatch, method):
+    monkeypatch.setattr(runs, "shards_models", lambda: True)
+    with pytest.raises(ConfigError, match="--parallel ddp"):
+        runs.check_run(small_config(method=method))

@@ -32,6 +32,10 @@ _MEANING = {
     "proxy": ("original domain, the proxy", "proxy"),
     "new": ("new domain", "new_domain"),
 }
+_TO_CHOOSE_BY = {
+    "unseen_original_validation": ("validation: original, outside the proxy", "unseen_original"),
+    "new_validation": ("validation: new domain", "new_domain"),
+}
 
 
 def merge_changes(named: Mapping[str, Any], assignments: Mapping[str, str]) -> dict[str, Any]:
@@ -173,6 +177,8 @@ def _save(
     from ..peft_method import NeutralResiduesConfig
 
     config = record.run_config
+    sizes = cast("PreTrainedModel", model).config.get_text_config()
+    text.tokenizer.model_max_length = getattr(sizes, "max_position_embeddings", int(1e30))  # packed text is longer
     with atomic_directory(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
@@ -248,6 +254,10 @@ def _report(record: Record, others: list[Record]) -> str:
     row = flat_records([record], others)[0]
     lines = [f"{'bits per byte (lower is better)':42s} before   after  held-out part of"]
     for name, (meaning, role) in _MEANING.items():
+        if name in row["bits_per_byte"]:
+            before, after = row["backbone_bits_per_byte"][name], row["bits_per_byte"][name]
+            lines.append(f"{meaning:42s} {before:6.3f}  {after:6.3f}  {row[role]}")
+    for name, (meaning, role) in _TO_CHOOSE_BY.items():
         if name in row["bits_per_byte"]:
             before, after = row["backbone_bits_per_byte"][name], row["bits_per_byte"][name]
             lines.append(f"{meaning:42s} {before:6.3f}  {after:6.3f}  {row[role]}")
