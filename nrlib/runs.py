@@ -40,8 +40,10 @@ from .records import (
 )
 from .storage import fingerprint
 from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
-from .tokenization import load_tokenizer
+from .tokenization import beginning_token, load_tokenizer
 from .training import TrainingState, train
+
+BEGINNING = "bos_token_id"  # in the record of a backbone loaded by name
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -69,9 +71,13 @@ def keep_record(record: Record) -> Record:
 
 
 def stored_record(config: RunConfig) -> Record | None:
-    """The stored record of `config`, unless files it was made from have changed since."""
+    """The stored record of `config`, unless files it was made from have changed since, or it was made before windows of
+    text began as the backbone's tokenizer begins a text."""
     record = load_record(config)
     if record is not None:
+        name = config.backbone.backbone_name
+        if name and BEGINNING not in record.provenance and beginning_token(load_tokenizer(name)) is not None:
+            return None
         for role, spec in dataclasses.asdict(config.data).items():
             if not str(spec).startswith("file:"):
                 continue
@@ -140,6 +146,8 @@ def run_and_keep(
         "gate_statistics": [row for row in statistics if row["text"] in TEST_SETS],
     }
     provenance = collect_provenance(config, text.corpora, device, state.seconds, git_at_start)
+    if config.backbone.backbone_name:
+        provenance[BEGINNING] = text.new.bos_token_id
     if n_processes() > 1:
         provenance["n_processes"] = n_processes()
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance), model
@@ -171,6 +179,8 @@ def extend(
     """Teach the backbone, which is taken over, the new domain; returns the trained model and its learning curve."""
     c, method = config.training, config.method
     made_from = [RESULT_VERSION, text.corpora, *(git_state() if is_publishing() else ())]
+    if text.new.bos_token_id is not None:  # a checkpoint from before windows began with it is of other data
+        made_from.append(text.new.bos_token_id)
     batches = make_batches(config, text)
     model = _spread(apply_method(backbone, method, config.seed))
 

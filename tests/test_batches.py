@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,6 +136,43 @@ def test_every_token_is_scored_once(n_tokens, batch_size):
     lengths = [inputs.shape[1] for inputs, _ in found for _ in inputs]
     n_full, rest = divmod(n_tokens - 1, T)
     assert lengths == [T] * n_full + [rest] * (rest > 0)
+
+
+# --- the token that a backbone's tokenizer puts before every text -----------------------------------------------------
+
+BOS = 5_000  # no token of the texts
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def test_batches_without_a_beginning_token_are_those_of_the_published_runs():
+    batches = [mixed().batch(step) for step in range(30)]
+    assert digest(t for batch in batches for t in (batch.inputs, batch.targets)) == "9c06c0f0630b9db2"
+    assert digest(t for pair in evaluation_batches(stream(77, 100), T) for t in pair) == "c03c2ce5ba7d1b8a"
+
+
+def test_every_training_window_begins_with_the_beginning_token():
+    new, original = (replace(s, bos_token_id=BOS) for s in (stream(401), stream(151, 1000)))
+    begun = MixedBatches(new, original, mix_ratio=0.1, n_steps=30, batch_size=8, context_length=T, seed=0)
+    for step in range(30):
+        found, plain = begun.batch(step), mixed().batch(step)
+        assert (found.inputs[:, 0] == BOS).all() and torch.equal(found.inputs[:, 1:], plain.inputs[:, 1:])
+        assert torch.equal(found.targets, plain.targets) and torch.equal(found.domain, plain.domain)
+    assert BOS not in new.tokens  # the text itself is as it was
+
+
+@pytest.mark.parametrize("n_tokens", [2, T + 1, 77])
+def test_every_evaluation_window_begins_with_the_beginning_token(n_tokens):
+    plain = list(evaluation_batches(stream(n_tokens, 100), T, 3))
+    begun = list(evaluation_batches(replace(stream(n_tokens, 100), bos_token_id=BOS), T, 3))
+    for (inputs, targets), (before, same) in zip(begun, plain, strict=True):
+        assert (inputs[:, 0] == BOS).all() and torch.equal(inputs[:, 1:], before[:, 1:])
+        assert torch.equal(targets, same)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 class Bigram(nn.Module):
