@@ -19,11 +19,9 @@ import numpy as np
 from torch import nn
 
 from .errors import ConfigError
+from .evaluation import sequences_at_a_time
 from .harness_tasks import quiet
 from .tokenization import beginning_token
-
-MAX_LOGITS = 2**28  # elements of one batch of logits (B·T·V): a gigabyte
-MAX_BATCH_SIZE = 16
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -160,7 +158,7 @@ def _wrap(model: nn.Module, tokenizer: Any, context_length: int, options: dict[s
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
         max_length=context_length,
-        batch_size=max(1, min(MAX_BATCH_SIZE, MAX_LOGITS // (context_length * len(tokenizer)))),
+        batch_size=sequences_at_a_time(len(tokenizer), context_length),
         **options,
     )
 

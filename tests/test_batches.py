@@ -14,8 +14,18 @@ import torch
 from torch import nn
 
 from nrlib.batches import MixedBatches, TokenStream, evaluation_batches
+from nrlib.config import make_config
 from nrlib.errors import CorpusError
-from nrlib.evaluation import bits_per_byte, drift, evaluate, forgetting, learning
+from nrlib.evaluation import (
+    MAX_LOGITS,
+    _vocabulary_size,
+    bits_per_byte,
+    drift,
+    evaluate,
+    forgetting,
+    learning,
+    sequences_at_a_time,
+)
 from nrlib.losses import NEW, ORIGINAL
 
 T = 5
@@ -217,6 +227,47 @@ def test_drift_by_hand():
 
     assert drift(model, before, TEXT, T) == pytest.approx(expected, rel=1e-5)
     assert drift(backbone, before, TEXT, T) == pytest.approx(0, abs=1e-7)
+
+
+class Recorded(Bigram):
+    """Says how large its vocabulary is, which need not be true, and remembers how many sequences came at a time."""
+
+    def __init__(self, table, vocabulary_size):
+        super().__init__(table)
+        self.config, self.n_sequences = SimpleNamespace(vocab_size=vocabulary_size), []
+
+    def forward(self, input_ids, use_cache=None):
+        self.n_sequences.append(len(input_ids))
+        return super().forward(input_ids)
+
+
+LONG = TokenStream(np.random.default_rng(1).integers(0, V, 150 * T + 3).astype(np.int32), 2_000, "long")
+
+
+@pytest.mark.parametrize(("vocabulary_size", "n_at_a_time"), [(256, 16), (MAX_LOGITS // (3 * T), 3), (MAX_LOGITS, 1)])
+def test_evaluation_computes_no_more_logits_at_a_time_than_fit(vocabulary_size, n_at_a_time):
+    plain, other = bigram(0), bigram(1)
+    model = Recorded(plain.table.detach(), vocabulary_size)
+    assert bits_per_byte(model, LONG, T) == pytest.approx(bits_per_byte(plain, LONG, T), rel=1e-6)
+    assert max(model.n_sequences) == n_at_a_time and sum(model.n_sequences) == 151
+    model.n_sequences.clear()
+
+    def before(inputs):
+        assert len(inputs) <= n_at_a_time
+        return other.table.detach()[inputs].flatten(0, 1)
+
+    expected = drift(plain, lambda inputs: other.table.detach()[inputs].flatten(0, 1), LONG, T)
+    assert drift(model, before, LONG, T) == pytest.approx(expected, rel=1e-5)
+    assert max(model.n_sequences) == n_at_a_time and sum(model.n_sequences) == 128
+    wrapped = nn.Sequential(model)  # a study's own module around a model says nothing of a vocabulary itself
+    assert sequences_at_a_time(_vocabulary_size(wrapped), T) == n_at_a_time
+
+
+def test_models_of_the_published_runs_are_evaluated_16_sequences_at_a_time_and_gemma_one():
+    for profile in ("smoke", "laptop", "gpu"):
+        config = make_config(profile)
+        assert sequences_at_a_time(config.backbone.vocabulary_size, config.training.context_length) == 16
+    assert sequences_at_a_time(256_000, 4096) == 1 and sequences_at_a_time(256_000, 256) == 4
 
 
 def test_forgetting_and_learning_by_hand():
