@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .batches import TokenStream, evaluation_batches
 from .losses import GateStatistics
 
-MAX_LOGITS = 2**28  # elements of the logits (B·T·V) computed at a time: a gigabyte, of which a few copies are alive
+MAX_LOGITS = 2**28  # elements of the logits (B·T·V) computed at a time: a gigabyte, and drift keeps five such
 MAX_SEQUENCES = 16
 
 
