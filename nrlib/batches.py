@@ -20,12 +20,14 @@ from .losses import NEW, ORIGINAL
 class TokenStream:
     """Packed text: every document preceded by one end-of-text token, and one at the very end.
 
-    tokens : (N,), n_bytes : UTF-8 bytes of the documents, without the separators.
+    tokens : (N,), n_bytes : UTF-8 bytes of the documents, without the separators; bos_token_id : what every window begins
+    with in place of its first token, which is never a target, for backbones that began every sequence so.
     """
 
     tokens: NDArray[np.int32]
     n_bytes: int
     name: str = ""
+    bos_token_id: int | None = None
 
     def n_sequences(self, context_length: int) -> int:
         """Full windows of T + 1 tokens that overlap by one, so that each token is predicted once."""
@@ -34,7 +36,17 @@ class TokenStream:
     def sequences(self, indices: NDArray[np.int64], context_length: int) -> Tensor:
         """Windows (B, T + 1)."""
         offsets = indices[:, None] * context_length + np.arange(context_length + 1)[None, :]
-        return torch.from_numpy(self.tokens[offsets].astype(np.int64))
+        return self._begun(self.tokens[offsets])
+
+    def sequence(self, start: int, end: int | None = None) -> Tensor:
+        """One window (1, end - start) of any tokens that follow one another."""
+        return self._begun(self.tokens[None, start:end])
+
+    def _begun(self, windows: NDArray[np.int32]) -> Tensor:
+        copied = torch.from_numpy(windows.astype(np.int64))
+        if self.bos_token_id is not None:
+            copied[:, :1] = self.bos_token_id
+        return copied
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,6 @@ def evaluation_batches(
     for start in range(0, n_full, batch_size):
         window = stream.sequences(np.arange(start, min(start + batch_size, n_full)), context_length)
         yield window[:, :-1], window[:, 1:]
-    rest = torch.from_numpy(stream.tokens[n_full * context_length :].astype(np.int64))[None]
+    rest = stream.sequence(n_full * context_length)
     if rest.shape[1] > 1:
         yield rest[:, :-1], rest[:, 1:]

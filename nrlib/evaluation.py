@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 
 from .batches import TokenStream, evaluation_batches
 from .losses import GateStatistics
+
+MAX_LOGITS = 2**28  # elements of the logits (B·T·V) computed at a time: a gigabyte, and drift keeps five such
+MAX_SEQUENCES = 16
 
 
 @torch.no_grad()
@@ -27,11 +31,12 @@ def bits_per_byte(
 
     Every token, and the end of every document, is predicted once, in windows of `context_length` tokens.
     """
-    total = 0.0
+    total, n_at_a_time = 0.0, sequences_at_a_time(_vocabulary_size(model), context_length)
     with statistics.collect(stream.name) if statistics is not None else nullcontext():
-        for inputs, targets in evaluation_batches(stream, context_length):
-            logits, targets = _logits(model, inputs), targets.to(_device(model))
-            total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+        for batch in evaluation_batches(stream, context_length, MAX_SEQUENCES):
+            for inputs, targets in _parts(batch, n_at_a_time):
+                logits, targets = _logits(model, inputs), targets.to(_device(model))
+                total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     return total / math.log(2) / stream.n_bytes
 
 
@@ -41,17 +46,36 @@ def drift(
 ) -> float:
     """Mean KL divergence from the backbone's next-token distribution to the model's, in nats per token.
 
-    `backbone` maps tokens (B, T) to logits (B·T, V). Only the first `n_batches` batches of the text are used.
+    `backbone` maps tokens (B, T) to logits (B·T, V). Only the first `n_batches` batches of the text are used, of 16
+    sequences each (128 in all), however few of them are computed at a time.
     """
-    total, n_tokens = 0.0, 0
-    for index, (inputs, targets) in enumerate(evaluation_batches(stream, context_length)):
-        if index == n_batches:
-            break
-        before = F.log_softmax(backbone(inputs), dim=-1)
-        after = F.log_softmax(_logits(model, inputs), dim=-1)
-        total += F.kl_div(after, before, reduction="sum", log_target=True).item()
-        n_tokens += targets.numel()
+    total, n_tokens, n_at_a_time = 0.0, 0, sequences_at_a_time(_vocabulary_size(model), context_length)
+    for batch in itertools.islice(evaluation_batches(stream, context_length, MAX_SEQUENCES), n_batches):
+        for inputs, targets in _parts(batch, n_at_a_time):
+            before = F.log_softmax(backbone(inputs), dim=-1)
+            after = F.log_softmax(_logits(model, inputs), dim=-1)
+            total += F.kl_div(after, before, reduction="sum", log_target=True).item()
+            n_tokens += targets.numel()
     return total / n_tokens
+
+
+def sequences_at_a_time(vocabulary_size: int, context_length: int) -> int:
+    """How many sequences an evaluation computes at a time: at most 16, fewer where their logits would be more than
+    `MAX_LOGITS` numbers, and one at least."""
+    return max(1, min(MAX_SEQUENCES, MAX_LOGITS // (context_length * vocabulary_size)))
+
+
+def _vocabulary_size(model: nn.Module) -> int:
+    """Logits a token has; 1 of a model that does not say it, as toys do not."""
+    config: Any = next((module.config for module in model.modules() if hasattr(module, "config")), None)
+    if hasattr(config, "get_text_config"):  # that of a model which also reads images
+        config = config.get_text_config()
+    return getattr(config, "vocab_size", 1)
+
+
+def _parts(batch: tuple[Tensor, Tensor], n_sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of a batch, `n_sequences` at a time."""
+    return zip(*(tensor.split(n_sequences) for tensor in batch), strict=True)
 
 
 def forgetting(method: float, backbone: float) -> float:

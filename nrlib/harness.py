@@ -19,10 +19,9 @@ import numpy as np
 from torch import nn
 
 from .errors import ConfigError
+from .evaluation import sequences_at_a_time
 from .harness_tasks import quiet
-
-MAX_LOGITS = 2**28  # elements of one batch of logits (B·T·V): a gigabyte
-MAX_BATCH_SIZE = 16
+from .tokenization import beginning_token
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -116,23 +115,29 @@ def run_tasks(
     """Scores of one model by task (a group that has an average of its own is one task) and metric."""
     from lm_eval.evaluator import evaluate
 
-    # Bits per byte as `nrlib.evaluation` counts them: an end-of-text token before the text, no other special token.
+    # Bits per byte as `nrlib.evaluation` counts them: an end-of-text token before the text, no other special token, but
+    # every window begins with the token that the tokenizer puts before every text, if it has one.
     packed = {name: task for name, task in tasks["tasks"].items() if _is_ours(task) and _is_rolling(task)}
     others = {**tasks, "tasks": {name: task for name, task in tasks["tasks"].items() if name not in packed}}
     end_of_text = {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id}
+    bos = beginning_token(tokenizer)
     scores: dict[tuple[str, str], Score] = {}
     was_training = model.training
-    for part, options in (({"tasks": packed, "groups": {}, "group_map": {}}, end_of_text), (others, {})):
+    for part, options, first in (
+        ({"tasks": packed, "groups": {}, "group_map": {}}, end_of_text, bos),
+        (others, {}, None),
+    ):
         if part["tasks"]:
             with quiet(bars=progress and sys.stderr.isatty()):
-                wrapped = _wrap(model, tokenizer, context_length, options)
+                wrapped = _wrap(model, tokenizer, context_length, options, first)
                 scores |= _scores(evaluate(lm=wrapped, task_dict=part, limit=limit or None, bootstrap_iters=0), part)
     model.train(was_training)
     return scores
 
 
-def _wrap(model: nn.Module, tokenizer: Any, context_length: int, options: dict[str, Any]) -> Any:
-    """The model as the harness's own class for models in memory."""
+def _wrap(model: nn.Module, tokenizer: Any, context_length: int, options: dict[str, Any], first: int | None) -> Any:
+    """The model as the harness's own class for models in memory. Windows of rolling tasks begin with `first`, if it is a
+    token, in place of their own first token."""
     from lm_eval.models.huggingface import HFLM
 
     class Wrapped(HFLM):
@@ -145,13 +150,15 @@ def _wrap(model: nn.Module, tokenizer: Any, context_length: int, options: dict[s
                 )
             # Rolling windows come batch by batch, with a fixed size: a bar for each would fill the screen.
             is_rolling = override_bs is not None
+            if is_rolling and first is not None:
+                requests = [(key, [first, *context[1:]], continuation) for key, context, continuation in requests]
             return super()._loglikelihood_tokens(requests, disable_tqdm=is_rolling, override_bs=override_bs)
 
     return Wrapped(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
         max_length=context_length,
-        batch_size=max(1, min(MAX_BATCH_SIZE, MAX_LOGITS // (context_length * len(tokenizer)))),
+        batch_size=sequences_at_a_time(len(tokenizer), context_length),
         **options,
     )
 

@@ -167,23 +167,41 @@ def peak_memory_mb(device: torch.device) -> int:
 
 @contextmanager
 def explained_shortage(batch_size: int, context_length: int, accumulation_steps: int = 1) -> Iterator[None]:
-    """Inside, running out of memory becomes a MemoryShortageError that says what to lower.
+    """Inside a training, running out of memory becomes a MemoryShortageError that says what to lower."""
+    with _explained(
+        f"Out of memory with batch_size = {batch_size} sequences in {accumulation_steps} part(s) of context_length = "
+        f"{context_length} tokens. In this order: give a larger accumulation_steps (the same result, "
+        "batch_size / accumulation_steps sequences in memory at a time), a smaller context_length or batch_size, a "
+        "smaller extra_ratio or backbone, or a device with more memory."
+    ):
+        yield
 
-    The tensors that filled the memory are let go, so that the next run of a sweep can have it.
-    """
+
+@contextmanager
+def explained_evaluation_shortage(context_length: int) -> Iterator[None]:
+    """Inside an evaluation, running out of memory becomes a MemoryShortageError that says what to lower."""
+    with _explained(
+        f"Out of memory while bits per byte or drift were measured, with context_length = {context_length} tokens. "
+        "Evaluation computes as few as one sequence at a time, whatever batch_size and accumulation_steps are, but holds "
+        "its logits for the whole vocabulary. Give a smaller context_length, a smaller backbone, or a device with more "
+        "memory."
+    ):
+        yield
+
+
+@contextmanager
+def _explained(message: str) -> Iterator[None]:
+    """The tensors that filled the memory are let go, so that the next run of a sweep can have it."""
     try:
         yield
+    except MemoryShortageError:  # explained already
+        raise
     except (MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
         traceback.clear_frames(error.__traceback__)
         words = str(error).strip().splitlines() or [type(error).__name__]
-        raise MemoryShortageError(
-            f"Out of memory with batch_size = {batch_size} sequences in {accumulation_steps} part(s) of context_length = "
-            f"{context_length} tokens. In this order: give a larger accumulation_steps (the same result, "
-            "batch_size / accumulation_steps sequences in memory at a time), a smaller context_length or batch_size, a "
-            f"smaller extra_ratio or backbone, or a device with more memory. [{words[0][:200]}]"
-        ) from error
+        raise MemoryShortageError(f"{message} [{words[0][:200]}]") from error
 
 
 def _is_shortage(error: Exception) -> bool:

@@ -31,7 +31,7 @@ from .distributed import (
 )
 from .errors import ConfigError
 from .evaluation import bits_per_byte, drift, evaluate, forgetting, logits_function
-from .machine import explained_shortage
+from .machine import explained_evaluation_shortage, explained_shortage
 from .methods import apply_method, count_extra_weights, rival
 from .penalties import Penalty, kl_penalty, per_step
 from .records import (
@@ -47,8 +47,10 @@ from .records import (
 )
 from .storage import fingerprint
 from .texts import TEST_SETS, VALIDATION_SETS, PreparedText, prepare_text
-from .tokenization import load_tokenizer
+from .tokenization import beginning_token, load_tokenizer
 from .training import TrainingState, train
+
+BEGINNING = "bos_token_id"  # in the record of a backbone loaded by name
 
 Log = Callable[[int, Mapping[str, float]], None]
 WHOLE_COPIES = ("weight_interpolation", "elastic_weight_consolidation")
@@ -77,9 +79,13 @@ def keep_record(record: Record) -> Record:
 
 
 def stored_record(config: RunConfig) -> Record | None:
-    """The stored record of `config`, unless files it was made from have changed since."""
+    """The stored record of `config`, unless files it was made from have changed since, or it was made before windows of
+    text began as the backbone's tokenizer begins a text."""
     record = load_record(config)
     if record is not None:
+        name = config.backbone.backbone_name
+        if name and BEGINNING not in record.provenance and beginning_token(load_tokenizer(name)) is not None:
+            return None
         for role, spec in dataclasses.asdict(config.data).items():
             if not str(spec).startswith("file:"):
                 continue
@@ -137,10 +143,12 @@ def run_and_keep(
     make_batches(config, text)  # text that is too short costs no backbone
     backbone = get_backbone(config, text, progress)
     n_backbone = count_weights(backbone)
+    # Before the training, so that memory too small to measure in is found out first.
+    before = backbone_metrics(config, text, None if shards_models() else backbone)
     model, state = extend(config, text, backbone, progress, log)
-    before = backbone_metrics(config, text)
     names = (*TEST_SETS, *VALIDATION_SETS)
-    after, statistics = evaluate(model, text.held_out, names, config.training.context_length)
+    with explained_evaluation_shortage(config.training.context_length):
+        after, statistics = evaluate(model, text.held_out, names, config.training.context_length)
     device = next(model.parameters()).device
     results = {
         "bits_per_byte": _rounded(after),
@@ -157,6 +165,8 @@ def run_and_keep(
     provenance = collect_provenance(config, text.corpora, device, state.seconds, git_at_start)
     if weights := weights_fingerprint(config.backbone.backbone_name):
         provenance["backbone"] = weights
+    if config.backbone.backbone_name:
+        provenance[BEGINNING] = text.new.bos_token_id
     if n_processes() > 1:
         provenance["n_processes"] = n_processes()
     return Record(config.run_id, notebook, config.to_dict(), results, state.curve, provenance), model
@@ -190,11 +200,14 @@ def extend(
     made_from = [RESULT_VERSION, text.corpora, *(git_state() if is_publishing() else ())]
     if weights := weights_fingerprint(config.backbone.backbone_name):
         made_from.append(weights)
+    if text.new.bos_token_id is not None:  # a checkpoint from before windows began with it is of other data
+        made_from.append(text.new.bos_token_id)
     batches = make_batches(config, text)
     model = _spread(apply_method(backbone, method, config.seed))
 
     def measure() -> dict[str, float]:
-        values, _ = evaluate(model, text.held_out, VALIDATION_SETS, c.context_length)
+        with explained_evaluation_shortage(c.context_length):
+            values, _ = evaluate(model, text.held_out, VALIDATION_SETS, c.context_length)
         return {f"bits_per_byte_{name}": value for name, value in _rounded(values).items()}
 
     with explained_shortage(c.batch_size, c.context_length, c.accumulation_steps):
@@ -249,16 +262,19 @@ def _n_steps(config: RunConfig) -> int:
     return c.n_tokens // tokens_per_step
 
 
-def backbone_metrics(config: RunConfig, text: PreparedText) -> dict[str, float]:
-    """Bits per byte of the backbone on every held-out text; kept in memory, since all runs of a sweep share it."""
+def backbone_metrics(config: RunConfig, text: PreparedText, backbone: nn.Module | None = None) -> dict[str, float]:
+    """Bits per byte of the backbone, loaded unless it is given, on every held-out text; kept in memory, since all runs of a
+    sweep share it."""
     weights = weights_fingerprint(config.backbone.backbone_name)
     key = (config.data, config.backbone, weights, config.training.context_length, config.training.precision)
     if key not in _BACKBONE_METRICS:
-        backbone = _spread(get_backbone(config, text, progress=False))
-        _BACKBONE_METRICS[key] = {
-            name: bits_per_byte(backbone, stream, config.training.context_length)
-            for name, stream in text.held_out.items()
-        }
+        with explained_evaluation_shortage(config.training.context_length):
+            if backbone is None:
+                backbone = _spread(get_backbone(config, text, progress=False))
+            _BACKBONE_METRICS[key] = {
+                name: bits_per_byte(backbone, stream, config.training.context_length)
+                for name, stream in text.held_out.items()
+            }
     return _BACKBONE_METRICS[key]
 
 
@@ -266,9 +282,10 @@ _BACKBONE_METRICS: dict[Any, dict[str, float]] = {}
 
 
 def _measure_drift(config: RunConfig, text: PreparedText, model: nn.Module) -> dict[str, float]:
-    before = _logits_before(model, lambda: get_backbone(config, text, progress=False))
     names = [name for name in ("unseen_original", "proxy") if name in text.held_out]
-    return _rounded({n: drift(model, before, text.held_out[n], config.training.context_length) for n in names})
+    with explained_evaluation_shortage(config.training.context_length):
+        before = _logits_before(model, lambda: get_backbone(config, text, progress=False))
+        return _rounded({n: drift(model, before, text.held_out[n], config.training.context_length) for n in names})
 
 
 def _logits_before(model: Any, load_backbone: Callable[[], nn.Module]) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from .corpora.documents import Document
 from .errors import CorpusError
 from .splits import Split, split_corpus, split_documents
 from .storage import atomic_path, cache_directory, fingerprint
-from .tokenization import encode_documents, load_tokenizer, train_tokenizer
+from .tokenization import beginning_token, encode_documents, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,8 @@ def prepare_text(data: DataConfig, backbone: BackboneConfig, progress: bool = Tr
 def tokenise(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, name: str, progress: bool = True
 ) -> TokenStream:
-    """Encode and pack documents; cached by text and tokenizer.
+    """Encode and pack documents; cached by text and tokenizer. The token that a tokenizer puts before every text is no part
+    of the packed tokens: each window begins with it, wherever the window does (see `TokenStream`).
 
     Raises
     ------
@@ -127,7 +128,8 @@ def tokenise(
             parts.append(np.array([*ids, separator], dtype=np.int32))
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
             np.save(handle, np.concatenate(parts))
-    return TokenStream(np.load(path), sum(len(d.text.encode()) for d in documents), name)
+    n_bytes = sum(len(d.text.encode()) for d in documents)
+    return TokenStream(np.load(path), n_bytes, name, beginning_token(tokenizer))
 
 
 def held_out_documents(documents: Sequence[Document], n_bytes: int) -> list[Document]:

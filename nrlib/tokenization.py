@@ -85,6 +85,15 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def beginning_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token of its own that a tokenizer puts before every text by itself, as Gemma's and Llama's do; None for one that
+    puts none there, or only the end-of-text token that stands between documents anyway."""
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id:
+        return None
+    return bos if tokenizer("x")["input_ids"][:1] == [bos] else None
+
+
 def encode_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
     """Token ids of each document, without special tokens."""
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)

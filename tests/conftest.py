@@ -76,6 +76,26 @@ def tiny_model():
     return build_tiny_model
 
 
+def add_bos(tokenizer):
+    """A copy that puts a token of its own before every text, as Gemma's and Llama's do."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    begun = copy.deepcopy(tokenizer)
+    begun.add_special_tokens({"bos_token": "<bos>"})
+    begun.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", begun.bos_token_id)]
+    )
+    return begun
+
+
+@pytest.fixture(scope="session")
+def with_bos():
+    """`with_bos(tokenizer)`: a copy that puts a new token, the last of its vocabulary, before every text."""
+    return add_bos
+
+
 @pytest.fixture(scope="session", autouse=True)
 def scratch(tmp_path_factory):
     """Caches, records and counts of this session; the checkout's own are neither read nor written."""

@@ -22,6 +22,7 @@ from nrlib.runs import run_or_load
 from nrlib.storage import atomic_directory, atomic_path, cache_directory
 from nrlib.sweep import sweep
 from nrlib.texts import prepare_text
+from nrlib.training import TrainingState
 
 
 def refuse(*_, **__):
@@ -327,6 +328,27 @@ def test_out_of_memory_in_training_says_what_to_lower(fill, small_config, monkey
     words = ("batch_size = 4", "accumulation_steps", "context_length = 32", "extra_ratio", "in 2 part(s)")
     check(caught.value, MemoryShortageError, words)
     assert held[0]() is None  # nothing keeps the memory while the error is kept
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("place", ["bits_per_byte", "evaluate", "drift"])
+def test_out_of_memory_in_an_evaluation_says_what_helps_there(place, is_trained, small_config, monkeypatch):
+    monkeypatch.setattr(runs, "_BACKBONE_METRICS", {})
+    monkeypatch.setattr(runs, place, lambda *_, **__: raise_on_an_accelerator())
+    if is_trained:  # after the training, not during it
+        monkeypatch.setattr(runs, "train", lambda *_, **__: TrainingState(seconds=1.0))
+    with pytest.raises(MemoryShortageError) as caught:
+        run_or_load(small_config(seed=53), progress=False)
+    check(caught.value, MemoryShortageError, ("context_length = 32", "measured", "Tried to allocate"))
+    assert "give a larger" not in str(caught.value)  # accumulation is no help, and the training's words are not added
+
+
+def test_memory_too_small_to_measure_in_is_found_out_before_the_training(small_config, monkeypatch):
+    monkeypatch.setattr(runs, "_BACKBONE_METRICS", {})
+    monkeypatch.setattr(runs, "bits_per_byte", lambda *_, **__: raise_on_an_accelerator())
+    monkeypatch.setattr(runs, "train", refuse)
+    with pytest.raises(MemoryShortageError):
+        run_or_load(small_config(seed=53), progress=False)
 
 
 def test_other_errors_in_training_stay_what_they_are():

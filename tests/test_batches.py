@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +14,18 @@ import torch
 from torch import nn
 
 from nrlib.batches import MixedBatches, TokenStream, evaluation_batches
+from nrlib.config import make_config
 from nrlib.errors import CorpusError
-from nrlib.evaluation import bits_per_byte, drift, evaluate, forgetting, learning
+from nrlib.evaluation import (
+    MAX_LOGITS,
+    _vocabulary_size,
+    bits_per_byte,
+    drift,
+    evaluate,
+    forgetting,
+    learning,
+    sequences_at_a_time,
+)
 from nrlib.losses import NEW, ORIGINAL
 
 T = 5
@@ -136,6 +148,43 @@ def test_every_token_is_scored_once(n_tokens, batch_size):
     assert lengths == [T] * n_full + [rest] * (rest > 0)
 
 
+# --- the token that a backbone's tokenizer puts before every text -----------------------------------------------------
+
+BOS = 5_000  # no token of the texts
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def test_batches_without_a_beginning_token_are_those_of_the_published_runs():
+    batches = [mixed().batch(step) for step in range(30)]
+    assert digest(t for batch in batches for t in (batch.inputs, batch.targets)) == "9c06c0f0630b9db2"
+    assert digest(t for pair in evaluation_batches(stream(77, 100), T) for t in pair) == "c03c2ce5ba7d1b8a"
+
+
+def test_every_training_window_begins_with_the_beginning_token():
+    new, original = (replace(s, bos_token_id=BOS) for s in (stream(401), stream(151, 1000)))
+    begun = MixedBatches(new, original, mix_ratio=0.1, n_steps=30, batch_size=8, context_length=T, seed=0)
+    for step in range(30):
+        found, plain = begun.batch(step), mixed().batch(step)
+        assert (found.inputs[:, 0] == BOS).all() and torch.equal(found.inputs[:, 1:], plain.inputs[:, 1:])
+        assert torch.equal(found.targets, plain.targets) and torch.equal(found.domain, plain.domain)
+    assert BOS not in new.tokens  # the text itself is as it was
+
+
+@pytest.mark.parametrize("n_tokens", [2, T + 1, 77])
+def test_every_evaluation_window_begins_with_the_beginning_token(n_tokens):
+    plain = list(evaluation_batches(stream(n_tokens, 100), T, 3))
+    begun = list(evaluation_batches(replace(stream(n_tokens, 100), bos_token_id=BOS), T, 3))
+    for (inputs, targets), (before, same) in zip(begun, plain, strict=True):
+        assert (inputs[:, 0] == BOS).all() and torch.equal(inputs[:, 1:], before[:, 1:])
+        assert torch.equal(targets, same)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
 class Bigram(nn.Module):
     """Predicts each token from the one before it, by a table of logits."""
 
@@ -178,6 +227,47 @@ def test_drift_by_hand():
 
     assert drift(model, before, TEXT, T) == pytest.approx(expected, rel=1e-5)
     assert drift(backbone, before, TEXT, T) == pytest.approx(0, abs=1e-7)
+
+
+class Recorded(Bigram):
+    """Says how large its vocabulary is, which need not be true, and remembers how many sequences came at a time."""
+
+    def __init__(self, table, vocabulary_size):
+        super().__init__(table)
+        self.config, self.n_sequences = SimpleNamespace(vocab_size=vocabulary_size), []
+
+    def forward(self, input_ids, use_cache=None):
+        self.n_sequences.append(len(input_ids))
+        return super().forward(input_ids)
+
+
+LONG = TokenStream(np.random.default_rng(1).integers(0, V, 150 * T + 3).astype(np.int32), 2_000, "long")
+
+
+@pytest.mark.parametrize(("vocabulary_size", "n_at_a_time"), [(256, 16), (MAX_LOGITS // (3 * T), 3), (MAX_LOGITS, 1)])
+def test_evaluation_computes_no_more_logits_at_a_time_than_fit(vocabulary_size, n_at_a_time):
+    plain, other = bigram(0), bigram(1)
+    model = Recorded(plain.table.detach(), vocabulary_size)
+    assert bits_per_byte(model, LONG, T) == pytest.approx(bits_per_byte(plain, LONG, T), rel=1e-6)
+    assert max(model.n_sequences) == n_at_a_time and sum(model.n_sequences) == 151
+    model.n_sequences.clear()
+
+    def before(inputs):
+        assert len(inputs) <= n_at_a_time
+        return other.table.detach()[inputs].flatten(0, 1)
+
+    expected = drift(plain, lambda inputs: other.table.detach()[inputs].flatten(0, 1), LONG, T)
+    assert drift(model, before, LONG, T) == pytest.approx(expected, rel=1e-5)
+    assert max(model.n_sequences) == n_at_a_time and sum(model.n_sequences) == 128
+    wrapped = nn.Sequential(model)  # a study's own module around a model says nothing of a vocabulary itself
+    assert sequences_at_a_time(_vocabulary_size(wrapped), T) == n_at_a_time
+
+
+def test_models_of_the_published_runs_are_evaluated_16_sequences_at_a_time_and_gemma_one():
+    for profile in ("smoke", "laptop", "gpu"):
+        config = make_config(profile)
+        assert sequences_at_a_time(config.backbone.vocabulary_size, config.training.context_length) == 16
+    assert sequences_at_a_time(256_000, 4096) == 1 and sequences_at_a_time(256_000, 256) == 4
 
 
 def test_forgetting_and_learning_by_hand():

@@ -7,6 +7,7 @@ import json
 import math
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,12 @@ def tokenizer():
     return train_tokenizer(split_corpus(load_corpus(SPEC).documents).train, 300, progress=False)
 
 
-def build_model(d_model=16):
+def build_model(d_model=16, vocabulary_size=300):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"hidden_size": d_model, "intermediate_size": 2 * d_model, "num_hidden_layers": 2}
-        config = LlamaConfig(vocab_size=300, num_attention_heads=2, initializer_range=0.3, eos_token_id=0, **sizes)
+        sizes["vocab_size"] = vocabulary_size
+        config = LlamaConfig(num_attention_heads=2, initializer_range=0.3, eos_token_id=0, **sizes)
         return LlamaForCausalLM(config).eval()
 
 
@@ -193,6 +195,28 @@ def test_a_special_token_at_the_beginning_is_not_predicted(model, tokenizer, tas
     plain = run_tasks(model, tokenizer, tasks, context_length=T)
     key = ("original_bits_per_byte", "bits_per_byte")
     assert run_tasks(model, prefixed, tasks, context_length=T)[key].value == plain[key].value
+
+
+@pytest.mark.parametrize("n_windows", [1, 3])
+def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_text(
+    tokenizer, documents, with_bos, tmp_path, n_windows
+):
+    begun, model = with_bos(tokenizer), build_model(vocabulary_size=301)
+    n_tokens = {d.id: len(begun(d.text, add_special_tokens=False)["input_ids"]) for d in documents}
+    document = next(d for d in documents if n_tokens[d.id] % n_windows == 0)
+    length = n_tokens[document.id] // n_windows
+    stream = tokenise([document], begun, "text", progress=False)
+    assert stream.bos_token_id == 300 == begun.bos_token_id and 300 not in stream.tokens
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"id": document.id, "text": document.text}))
+    loaded = load_tasks([], [local_tasks._task_config("text", "bits_per_byte", path, "x")])
+    theirs = one(compare_on_tasks(model, begun, loaded, context_length=length), "text").backbone
+    with torch.no_grad():  # of the end of the text, which falls into a window of its own
+        logits = model(input_ids=torch.tensor([[300]])).logits[0, -1]
+    bits_of_end = -logits.log_softmax(-1)[begun.eos_token_id].item() / math.log(2)
+    ours = bits_per_byte(model, stream, length)
+    assert theirs + bits_of_end / stream.n_bytes == pytest.approx(ours, rel=1e-5)
+    assert ours != pytest.approx(bits_per_byte(model, replace(stream, bos_token_id=None), length), rel=1e-3)
 
 
 def test_the_cloze_chooses_by_log_likelihood_per_byte(model, tokenizer, documents, tasks):

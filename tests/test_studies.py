@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,8 +63,11 @@ def test_documents_are_read_one_by_one_and_cut_at_a_context(tiny_model):
     with torch.no_grad():
         read = read_documents(model, stream, 20)
         alone = read_documents(model, TokenStream(np.concatenate([[0], documents[2], [0]]), 300), 20)
+        begun = read_documents(model, replace(stream, bos_token_id=63), 20)
+        from_63 = read_documents(model, TokenStream(np.concatenate([[63], documents[2], [63]]), 300), 20)
     assert [gates.shape for gates in read] == [(3, 7), (3, 19), (3, 5), (3, 12)]  # the empty one has nothing to read
     assert torch.equal(read[2], alone[0])
+    assert torch.equal(begun[2], from_63[0]) and not torch.equal(begun[2], read[2])
     assert len(read_documents(model, stream, 20, n_documents=2)) == 2
     assert not any(module._forward_hooks for module in model.base_model.model.model.layers.modules())
 
@@ -143,6 +148,8 @@ def test_replay_gives_each_earlier_language_the_share_of_the_old_one():
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.1, 0.1], dtype=shares.dtype))
     assert mixed.n_bytes == round(2100 * 9 / 7)
     assert _with_earlier(new, [], 0.1) is new
+    begun = [PreparedText(None, s, s, s, {}, {}) for s in (replace(s, bos_token_id=5) for s in streams)]
+    assert _with_earlier(begun[0], begun[1:], 0.1).new.bos_token_id == 5
     short = PreparedText(None, streams[1], streams[1], TokenStream(streams[1].tokens[:30], 90), {}, {})
     assert (_with_earlier(new, [short], 0.2).new.tokens == 1).mean() == pytest.approx(0.25, abs=1e-3)  # read again
     with pytest.raises(ConfigError, match="leaves nothing for the new one"):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..batches import TokenStream
 from ..experiments import arm
 from ..texts import PreparedText, prepare_text
+from ..tokenization import beginning_token
 from .vocabulary_studies import FREEDICT, respell, synthetic_lexicon
 from .vocabulary_tokens import NewTokens, TokenVectors, add_tokens, split_texts, token_pairs, token_vectors
 from .vocabulary_words import Lexicon, freedict
@@ -95,7 +96,7 @@ def _encode(texts: Iterable[str], tokenizer: Any, name: str) -> TokenStream:
     for text in texts:
         n_bytes += len(text.encode())
         parts.append(np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], separator], dtype=np.int32))
-    return TokenStream(np.concatenate(parts), n_bytes, name)
+    return TokenStream(np.concatenate(parts), n_bytes, name, beginning_token(tokenizer))
 
 
 def _n_differing(before: NDArray[np.int32], after: NDArray[np.int32]) -> int:

@@ -169,16 +169,16 @@ def gates_by_document(
 def read_documents(
     model: nn.Module, stream: TokenStream, context_length: int, n_documents: int = N_DOCUMENTS
 ) -> list[Tensor]:
-    """|gate| (layers, tokens) of documents spread evenly over a text, each read by itself after an end-of-text token, which
-    is left out; of a long one no more than a context."""
+    """|gate| (layers, tokens) of documents spread evenly over a text, each read by itself after an end-of-text token (or
+    what the stream's windows begin with), which is left out; of a long one no more than a context."""
     ends = np.flatnonzero(stream.tokens == stream.tokens[0])  # a text begins and ends with the separator
     chosen = np.unique(np.linspace(0, len(ends) - 2, min(n_documents, len(ends) - 1)).round().astype(int))
     found = []
     for start, end in zip(ends[chosen], ends[chosen + 1], strict=True):
-        tokens = torch.as_tensor(stream.tokens[start : min(end, start + context_length)].astype("int64"))
-        if len(tokens) > 1:
+        tokens = stream.sequence(start, min(end, start + context_length))
+        if tokens.shape[1] > 1:
             with _recorded(model) as kept:
-                model(input_ids=tokens[None], use_cache=False)
+                model(input_ids=tokens, use_cache=False)
             found.append(torch.stack([kept[layer][0][0][1:].abs() for layer in sorted(kept)]))
     return found
 

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from ..backbone import get_backbone
-from ..batches import MixedBatches, TokenStream
+from ..batches import MixedBatches
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..evaluation import bits_per_byte
@@ -109,7 +109,8 @@ def _pooled_batches(configs: Sequence[RunConfig], texts: Sequence[PreparedText])
     c = configs[0].training
     shortest = min(len(text.new.tokens) for text in texts)  # an equal share of each
     tokens = np.concatenate([text.new.tokens[:shortest] for text in texts])
-    pooled = TokenStream(tokens, sum(text.new.n_bytes for text in texts), "all languages")
+    n_bytes = sum(text.new.n_bytes for text in texts)
+    pooled = replace(texts[0].new, tokens=tokens, n_bytes=n_bytes, name="all languages")
     n_steps = len(configs) * (c.n_tokens // (c.batch_size * c.context_length))
     return MixedBatches(
         pooled, texts[0].proxy, mix_ratio=c.mix_ratio, n_steps=n_steps, batch_size=c.batch_size,
@@ -133,7 +134,8 @@ def _with_earlier(text: PreparedText, earlier: Sequence[PreparedText], share: fl
     n_bytes = sum(
         round(len(part) * t.new.n_bytes / len(t.new.tokens)) for part, t in zip(parts, (text, *earlier), strict=True)
     )
-    return replace(text, new=TokenStream(np.concatenate(parts), n_bytes, f"{text.new.name} with replay"))
+    name = f"{text.new.name} with replay"
+    return replace(text, new=replace(text.new, tokens=np.concatenate(parts), n_bytes=n_bytes, name=name))
 
 
 def _stack_adapter(model: Any, config: RunConfig) -> None:
