@@ -263,7 +263,7 @@ class NeutralResiduesModel(BaseTuner):
         if gate is None or gate.memory == 1:
             return
         if self.sequences is None:
-            self.sequences = Sequences(decoder_of(self.model, block_name), count_layers(self.model))
+            self.sequences = Sequences(decoder_of(self.model, block_name), count_layers(self.model), self.model)
         self.sequences.follow(gate)
 
     def unload(self) -> nn.Module:
