@@ -95,6 +95,15 @@ class Sequences:
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
 
+    @classmethod
+    def of(cls, model: nn.Module, block_name: str, n_layers: int) -> Sequences:
+        """Those that the decoder around a block (of that full name) has already, else new ones: of a model's gates no two
+        may have one place in its cache, whoever added them."""
+        decoder = decoder_of(model, block_name)
+        owners = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+        known = next((owner for owner in owners if isinstance(owner, cls)), None)
+        return known or cls(decoder, n_layers, model)
+
     def follow(self, gate: BlockGate) -> None:
         """Let a gate know of the sequences it reads."""
         gate.sequences = self

@@ -30,7 +30,7 @@ from .architecture import (
 )
 from .config import MethodConfig, check_gate_memory, check_layers, check_placement, check_value
 from .errors import ConfigError
-from .gate_memory import BlockGate, Sequences, decoder_of
+from .gate_memory import BlockGate, Sequences
 from .model_card import write_model_card
 from .persistent_memory import PersistentMemory
 from .profiles import PRESETS
@@ -263,12 +263,13 @@ class NeutralResiduesModel(BaseTuner):
         if gate is None or gate.memory == 1:
             return
         if self.sequences is None:
-            self.sequences = Sequences(decoder_of(self.model, block_name), count_layers(self.model), self.model)
+            self.sequences = Sequences.of(self.model, block_name, count_layers(self.model))
         self.sequences.follow(gate)
 
     def unload(self) -> nn.Module:
         if self.sequences is not None:
             self.sequences.remove()
+            self.sequences = None
         return super().unload()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

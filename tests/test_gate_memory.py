@@ -133,6 +133,23 @@ def test_two_adapters_remember_apart(tiny_model):
     assert torch.equal(greedy(model, prompt), alone)
 
 
+def test_two_adapters_that_transformers_loads_remember_apart(tiny_model, tmp_path):
+    """`load_adapter` of the model itself makes a tuner for each."""
+    model = remembering(tiny_model())
+    model.add_adapter("second", NeutralResiduesConfig(gate_memory=5, gate="sigmoid", extra_ratio=0.3))
+    open_adapters(model)
+    model.save_pretrained(tmp_path)
+    names = ["default", "second"]
+    model.base_model.set_adapter(names)
+    loaded = tiny_model()
+    loaded.load_adapter(tmp_path, "default")
+    loaded.load_adapter(tmp_path / "second", "second")
+    loaded.set_adapter(names)
+    assert torch.equal(logits(loaded), logits(model))
+    prompt = TOKENS[:2, :5]
+    assert torch.equal(greedy(loaded, prompt), greedy(model, prompt))
+
+
 def test_a_cache_that_was_filled_without_the_adapter_is_refused(tiny_model):
     model, tokens = remembering(tiny_model()), TOKENS[:1, :LENGTH]
     with torch.no_grad():
