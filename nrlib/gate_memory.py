@@ -158,6 +158,21 @@ class Sequences:
                 _layer(made, place).update(products[:, None], products[:, None, :, :0])
         self._without_cache.clear()
         self._is_kept = False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            state = {name: getattr(self, name) for name in _OF_A_PASS}
+            for tensor in _outputs(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self.__dict__.update(state))
+
+
+# What the gates know of a pass. Recomputed activations (gradient checkpointing) ask them again in the backward pass, when
+# another pass may have been the last. The gradient reaches the decoder's output before it asks for any layer within.
+_OF_A_PASS = ("n_sequences", "attention_mask", "positions", "_cache", "_n_past", "_refusal")
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, tuple) else (output, *getattr(output, "__dict__", {}).values())
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 _UNKNOWN = "unknown"

@@ -194,6 +194,33 @@ def test_a_recomputed_pass_gates_alike(tiny_model):
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("other", ["backbone", "padded", "later"])
+def test_a_recomputed_pass_is_not_taken_for_a_later_one(other, tiny_model):
+    """Between a pass and its backward pass may lie others: of other texts, with other padding, with the adapters off."""
+    mask = torch.ones_like(TOKENS)
+    mask[:, :7] = 0
+    found = []
+    for is_checkpointed in (False, True):
+        model = remembering(tiny_model()).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        if other == "backbone":
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=TOKENS[:1, :5])
+        elif other == "padded":
+            loss = loss - model(input_ids=TOKENS, attention_mask=mask).logits[:, 7:].logsumexp(-1).mean()
+        loss.backward()
+        if other == "later":
+            model.zero_grad()
+            losses = [model(input_ids=part, labels=part).loss for part in (TOKENS, TOKENS[:3, :8], TOKENS[:1])]
+            for loss in losses:
+                loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
 # --- models that read images too --------------------------------------------------------------------------------------
 
 
