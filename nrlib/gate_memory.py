@@ -149,6 +149,8 @@ class Sequences:
         is_packed = self.attention_mask is None and self._n_past == 0  # padding-free training has positions and no mask
         self.positions = kwargs.get("position_ids") if is_packed else None
         self._refusal = "" if _says_padding(mask) or self.positions is not None else _MASK_REFUSAL
+        if kwargs.get("cache") is not None:
+            self._refusal = _PAGES_REFUSAL
         self._is_kept = self._cache is None and not decoder.training and kwargs.get("use_cache") is not False
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -180,6 +182,11 @@ _MASK_REFUSAL = (
     "Gates with a memory have to know which tokens are padding, but the attention mask of this pass is neither None nor "
     "(sequences, tokens). Give attention_mask=(sequences, tokens) to the whole model, or position_ids that start at 0 with "
     "each text, or train an extension with gate_memory=1."
+)
+_PAGES_REFUSAL = (
+    "Continuous batching (generate_batch, transformers serve) puts the tokens of several requests into one row and keeps "
+    "their keys in pages, where gates with a memory would mix the requests. Use model.generate, or train an extension with "
+    "gate_memory=1."
 )
 
 

@@ -194,6 +194,18 @@ def test_a_recomputed_pass_gates_alike(tiny_model):
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_requests_in_one_row_of_a_paged_cache_are_refused(tiny_model):
+    """As continuous batching passes them."""
+    row = {"input_ids": TOKENS[:1], "position_ids": torch.arange(12)[None] % 5, "cache": object(), "use_cache": False}
+    model = remembering(tiny_model())
+    with torch.no_grad():
+        with pytest.raises(BackboneError, match=r"generate_batch.*gate_memory=1"):
+            model(**row)
+        with model.disable_adapter():
+            model(**row)
+        remembering(tiny_model(), gate_memory=1)(**row)
+
+
 @pytest.mark.parametrize("other", ["backbone", "padded", "later"])
 def test_a_recomputed_pass_is_not_taken_for_a_later_one(other, tiny_model):
     """Between a pass and its backward pass may lie others: of other texts, with other padding, with the adapters off."""
