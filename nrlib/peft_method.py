@@ -7,6 +7,7 @@ model = peft.get_peft_model(backbone, nrlib.NeutralResiduesConfig(extra_ratio=0.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,8 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)  # some decoder layers ask their block what it is (Gemma 3, OLMoE)
 
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
-        """Add an adapter, on the device of the block."""
+        """Add an adapter, on the device of the block: of its first weight (a buffer, where a library packs them) that is in
+        memory. Of a block that is offloaded as a whole the device is not known."""
         width, gate, initialisation = config.width, config.gate, config.initialisation
         memory = config.gate_memory
         adapter: GatedResidue
@@ -153,8 +155,9 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
             adapter = PersistentMemory(d_model, n_heads, d_head, width, n_layers, gate, initialisation, memory)
         else:
             adapter = GatedAdapter(d_model, width, n_layers, gate, initialisation, config.activation, memory)
-        weight = next(self.base_layer.parameters())
-        if not any(p.is_meta for p in adapter.parameters()):
+        weights = itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())
+        weight = next((w for w in weights if not w.is_meta), None)
+        if weight is not None and not any(p.is_meta for p in adapter.parameters()):
             adapter.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
         self.neutral_residues_adapters[adapter_name] = adapter
         self.neutral_residues_positions[adapter_name] = config.position
