@@ -99,6 +99,12 @@ class NeutralResiduesConfig(PeftConfig):
             value, declared = getattr(self, name), _FIELDS[name]
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             check_value(name, float(value) if is_whole and isinstance(declared.default, float) else value, declared)
+        if self.width is not None and (
+            isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1
+        ):
+            raise ConfigError(
+                f"width = {self.width!r}: allowed are whole numbers from 1, or None for as wide as extra_ratio pays for."
+            )
         check_layers(self.layers)
         check_placement(self.position, self.site, self.activation)
         check_gate_memory(self.gate, self.gate_memory)

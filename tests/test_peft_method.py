@@ -331,6 +331,7 @@ def test_a_configuration_may_be_used_for_models_of_two_sizes(tiny_model):
         ("extra_ratio", -0.1, "between 0 and 10"),
         ("extra_ratio", float("nan"), "between 0 and 10"),
         ("local_loss", "l2", "none, l1, domain_cross_entropy"),
+        *(("width", value, "whole numbers from 1") for value in (0, -1, 2.5, True)),
     ],
 )
 def test_options_are_checked_when_the_configuration_is_made(option, value, words):
