@@ -62,12 +62,32 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    start, decoder = _text_decoder(model)
+    lists = [
+        (name, module) for name, module in decoder.named_modules(prefix=start) if isinstance(module, nn.ModuleList)
+    ]
     # Inner lists (experts) are longer at times, but the decoder's own list is the outermost.
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists) and len(m) > 0]
     if not outer:
         raise BackboneError(f"{type(model).__name__} has no list of layers: is it a decoder-only language model?")
     return max(outer, key=lambda item: len(item[1]))
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration that holds the sizes of the text decoder: of a model that reads images or sound too (Gemma 3 from 4B
+    on) a part of the model's own, else all of it; None without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """Where the decoder layers are to be looked for, by full name: not in the tower that reads images."""
+    config = text_config(model)
+    if config is not getattr(model, "config", None):
+        for name, module in model.named_modules():
+            if type(getattr(module, "config", None)) is type(config):  # a copy of it in some versions of transformers
+                return name, module
+    return "", model
 
 
 class JoinedFeedForward(nn.Sequential):
@@ -158,8 +178,7 @@ def inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def model_width(model: nn.Module) -> int:
     """D, whatever the family calls it."""
-    config = getattr(model, "config", None)
-    width = getattr(config, "hidden_size", None)
+    width = getattr(text_config(model), "hidden_size", None)
     if width is None:
         raise BackboneError(
             f"{type(model).__name__} has no config.hidden_size, so the width D of its hidden states is "

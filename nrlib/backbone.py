@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .architecture import text_config
 from .batches import MixedBatches
 from .config import RunConfig, TrainingConfig
 from .distributed import first_process_first, is_first_process, shards_models
@@ -213,7 +214,7 @@ def backbone_shape(config: RunConfig) -> PreTrainedModel:
 
 def check_context_length(config: RunConfig, backbone: PreTrainedModel) -> None:
     """Raise ConfigError if the sequences of a run are longer than the backbone has positions."""
-    n_positions = getattr(backbone.config, "max_position_embeddings", None)
+    n_positions = getattr(text_config(backbone), "max_position_embeddings", None)
     if n_positions is not None and config.training.context_length > n_positions:
         raise ConfigError(
             f"context_length = {config.training.context_length} is more than the {n_positions} positions of the backbone "

@@ -8,6 +8,7 @@ these numbers lie in its key-value cache, in layers behind those of the attentio
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -71,9 +72,11 @@ class Sequences:
     ----------
     decoder : the module that holds the decoder layers; a hook tells each of its passes from the next.
     n_layers : layers of the backbone, whose places in the key-value cache are the first.
+    model : the outermost model around the decoder. One that reads images too hands its decoder masks of its own making, and
+        only what it was given itself says which tokens are padding.
     """
 
-    def __init__(self, decoder: nn.Module, n_layers: int) -> None:
+    def __init__(self, decoder: nn.Module, n_layers: int, model: nn.Module) -> None:
         self.n_sequences = 1
         self.attention_mask: Tensor | None = None
         self.positions: Tensor | None = None  # where several texts may stand in one row
@@ -83,10 +86,23 @@ class Sequences:
         self._places: dict[BlockGate, int] = {}
         self._is_kept = False  # whether this pass may make a cache that will want the products
         self._without_cache: dict[int, Tensor] = {}
+        self._refusal = ""  # why the gates cannot tell what this pass reads
+        self._given_mask: Any = _UNKNOWN
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
+
+    @classmethod
+    def of(cls, model: nn.Module, block_name: str, n_layers: int) -> Sequences:
+        """Those that the decoder around a block (of that full name) has already, else new ones: of a model's gates no two
+        may have one place in its cache, whoever added them."""
+        decoder = decoder_of(model, block_name)
+        owners = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+        known = next((owner for owner in owners if isinstance(owner, cls)), None)
+        return known or cls(decoder, n_layers, model)
 
     def follow(self, gate: BlockGate) -> None:
         """Let a gate know of the sequences it reads."""
@@ -100,6 +116,8 @@ class Sequences:
 
     def with_past(self, gate: BlockGate, products: Tensor) -> Tensor:
         """A gate's products (B, T, 1) after those of the cached tokens, (B, P + T, 1)."""
+        if self._refusal:
+            raise BackboneError(self._refusal)
         place = self._places[gate]
         if self._cache is None:
             if self._is_kept:
@@ -115,15 +133,24 @@ class Sequences:
         extended: Tensor = layer.update(products[:, None], products[:, None, :, :0])[0]
         return extended[:, 0]
 
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given_mask = {**dict(zip(self._parameters, args, strict=False)), **kwargs}.get("attention_mask")
+
     def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         self.n_sequences = tokens.shape[0]
+        given, self._given_mask = self._given_mask, _UNKNOWN
         mask = kwargs.get("attention_mask")
+        if not _says_padding(mask):
+            mask = given
         self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._cache = kwargs.get("past_key_values")
         self._n_past = 0 if self._cache is None else int(self._cache.get_seq_length())
         is_packed = self.attention_mask is None and self._n_past == 0  # padding-free training has positions and no mask
         self.positions = kwargs.get("position_ids") if is_packed else None
+        self._refusal = "" if _says_padding(mask) or self.positions is not None else _MASK_REFUSAL
+        if kwargs.get("cache") is not None:
+            self._refusal = _PAGES_REFUSAL
         self._is_kept = self._cache is None and not decoder.training and kwargs.get("use_cache") is not False
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -133,6 +160,39 @@ class Sequences:
                 _layer(made, place).update(products[:, None], products[:, None, :, :0])
         self._without_cache.clear()
         self._is_kept = False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            state = {name: getattr(self, name) for name in _OF_A_PASS}
+            for tensor in _outputs(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self.__dict__.update(state))
+
+
+# What the gates know of a pass. Recomputed activations (gradient checkpointing) ask them again in the backward pass, when
+# another pass may have been the last. The gradient reaches the decoder's output before it asks for any layer within.
+_OF_A_PASS = ("n_sequences", "attention_mask", "positions", "_cache", "_n_past", "_refusal")
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, tuple) else (output, *getattr(output, "__dict__", {}).values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+_UNKNOWN = "unknown"
+_MASK_REFUSAL = (
+    "Gates with a memory have to know which tokens are padding, but the attention mask of this pass is neither None nor "
+    "(sequences, tokens). Give attention_mask=(sequences, tokens) to the whole model, or position_ids that start at 0 with "
+    "each text, or train an extension with gate_memory=1."
+)
+_PAGES_REFUSAL = (
+    "Continuous batching (generate_batch, transformers serve) puts the tokens of several requests into one row and keeps "
+    "their keys in pages, where gates with a memory would mix the requests. Use model.generate, or train an extension with "
+    "gate_memory=1."
+)
+
+
+def _says_padding(mask: Any) -> bool:
+    """Whether a mask is one of tokens, or none is needed; not one prepared for the attention, in which padding is lost."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
 def _layer(cache: Cache, place: int) -> DynamicLayer:

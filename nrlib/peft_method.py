@@ -7,6 +7,7 @@ model = peft.get_peft_model(backbone, nrlib.NeutralResiduesConfig(extra_ratio=0.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from .architecture import (
 )
 from .config import MethodConfig, check_gate_memory, check_layers, check_placement, check_value
 from .errors import ConfigError
-from .gate_memory import BlockGate, Sequences, decoder_of
+from .gate_memory import BlockGate, Sequences
 from .model_card import write_model_card
 from .persistent_memory import PersistentMemory
 from .profiles import PRESETS
@@ -98,6 +99,12 @@ class NeutralResiduesConfig(PeftConfig):
             value, declared = getattr(self, name), _FIELDS[name]
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             check_value(name, float(value) if is_whole and isinstance(declared.default, float) else value, declared)
+        if self.width is not None and (
+            isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1
+        ):
+            raise ConfigError(
+                f"width = {self.width!r}: allowed are whole numbers from 1, or None for as wide as extra_ratio pays for."
+            )
         check_layers(self.layers)
         check_placement(self.position, self.site, self.activation)
         check_gate_memory(self.gate, self.gate_memory)
@@ -144,7 +151,8 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)  # some decoder layers ask their block what it is (Gemma 3, OLMoE)
 
     def update_layer(self, adapter_name: str, config: Any, d_model: int, n_layers: int) -> None:
-        """Add an adapter, on the device of the block."""
+        """Add an adapter, on the device of the block: of its first weight (a buffer, where a library packs them) that is in
+        memory. Of a block that is offloaded as a whole the device is not known."""
         width, gate, initialisation = config.width, config.gate, config.initialisation
         memory = config.gate_memory
         adapter: GatedResidue
@@ -153,8 +161,9 @@ class NeutralResiduesLayer(nn.Module, BaseTunerLayer):
             adapter = PersistentMemory(d_model, n_heads, d_head, width, n_layers, gate, initialisation, memory)
         else:
             adapter = GatedAdapter(d_model, width, n_layers, gate, initialisation, config.activation, memory)
-        weight = next(self.base_layer.parameters())
-        if not any(p.is_meta for p in adapter.parameters()):
+        weights = itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())
+        weight = next((w for w in weights if not w.is_meta), None)
+        if weight is not None and not any(p.is_meta for p in adapter.parameters()):
             adapter.to(weight.device, weight.dtype if weight.dtype.is_floating_point else None)
         self.neutral_residues_adapters[adapter_name] = adapter
         self.neutral_residues_positions[adapter_name] = config.position
@@ -263,12 +272,13 @@ class NeutralResiduesModel(BaseTuner):
         if gate is None or gate.memory == 1:
             return
         if self.sequences is None:
-            self.sequences = Sequences(decoder_of(self.model, block_name), count_layers(self.model))
+            self.sequences = Sequences.of(self.model, block_name, count_layers(self.model))
         self.sequences.follow(gate)
 
     def unload(self) -> nn.Module:
         if self.sequences is not None:
             self.sequences.remove()
+            self.sequences = None
         return super().unload()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

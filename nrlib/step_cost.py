@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from .architecture import text_config
 from .batches import Batch
 from .config import MethodConfig, TrainingConfig
 from .errors import BackboneError
@@ -83,7 +84,7 @@ def step_cost(
     if has_checkpointing:
         enable_checkpointing(model)
     n_sequences = training.batch_size // training.accumulation_steps
-    step = CostTracker(model.config.vocab_size)
+    step = CostTracker(text_config(model).vocab_size)
     attention = keep_attention_precision() if is_accelerator else contextlib.nullcontext()
     try:
         with FakeTensorMode(), attention, warnings.catch_warnings():
@@ -172,7 +173,7 @@ class CostTracker(TorchDispatchMode):
 
 
 def _find_head(model: Any) -> nn.Linear | None:
-    with CostTracker(model.config.vocab_size):  # it compares tensors
+    with CostTracker(text_config(model).vocab_size):  # it compares tensors
         return find_head(model)
 
 

@@ -70,6 +70,29 @@ def build_tiny_model(family: str = "llama", n_layers: int = L, seed: int = 0, **
         return model_class(config).eval()
 
 
+def build_tiny_image_reader(seed: int = 0):
+    """A Gemma 3 as its sizes from 4B on are: a text decoder of L layers beside a tower of more layers that reads images."""
+    import torch
+    import transformers
+
+    text = {
+        "vocab_size": V,
+        "hidden_size": D,
+        "num_hidden_layers": L,
+        "initializer_range": 0.3,
+        **FAMILIES["gemma3"][1],
+    }
+    image = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": L + 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**text, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0},
+        vision_config={**image, "image_size": 28, "patch_size": 14},
+        **{"mm_tokens_per_image": 4, "image_token_id": 60, "boi_token_index": 61, "eoi_token_index": 62},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """`tiny_model(family='llama', n_layers=3, seed=0)`: a new model, the same weights for the same arguments."""

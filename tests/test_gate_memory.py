@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, D, L, build_tiny_image_reader
 from test_peft_method import TOKENS, extended, logits, open_adapters
 
 from nrlib import NeutralResiduesConfig
 from nrlib.adapter import GatedAdapter
+from nrlib.architecture import count_layers, model_width
 from nrlib.config import make_config
 from nrlib.errors import BackboneError, ConfigError
 from nrlib.gate_memory import BlockGate, causal_mean, decoder_of
@@ -20,7 +21,7 @@ LENGTH = 12
 
 def remembering(backbone, **changes):
     """Open adapters with a short memory, so that tokens leave it."""
-    return open_adapters(extended(backbone, gate_memory=3, **{"gate": "sigmoid", **changes})).eval()
+    return open_adapters(extended(backbone, **{"gate_memory": 3, "gate": "sigmoid", **changes})).eval()
 
 
 def greedy(model, prompt, **options):
@@ -132,6 +133,23 @@ def test_two_adapters_remember_apart(tiny_model):
     assert torch.equal(greedy(model, prompt), alone)
 
 
+def test_two_adapters_that_transformers_loads_remember_apart(tiny_model, tmp_path):
+    """`load_adapter` of the model itself makes a tuner for each."""
+    model = remembering(tiny_model())
+    model.add_adapter("second", NeutralResiduesConfig(gate_memory=5, gate="sigmoid", extra_ratio=0.3))
+    open_adapters(model)
+    model.save_pretrained(tmp_path)
+    names = ["default", "second"]
+    model.base_model.set_adapter(names)
+    loaded = tiny_model()
+    loaded.load_adapter(tmp_path, "default")
+    loaded.load_adapter(tmp_path / "second", "second")
+    loaded.set_adapter(names)
+    assert torch.equal(logits(loaded), logits(model))
+    prompt = TOKENS[:2, :5]
+    assert torch.equal(greedy(loaded, prompt), greedy(model, prompt))
+
+
 def test_a_cache_that_was_filled_without_the_adapter_is_refused(tiny_model):
     model, tokens = remembering(tiny_model()), TOKENS[:1, :LENGTH]
     with torch.no_grad():
@@ -174,3 +192,88 @@ def test_a_recomputed_pass_gates_alike(tiny_model):
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_requests_in_one_row_of_a_paged_cache_are_refused(tiny_model):
+    """As continuous batching passes them."""
+    row = {"input_ids": TOKENS[:1], "position_ids": torch.arange(12)[None] % 5, "cache": object(), "use_cache": False}
+    model = remembering(tiny_model())
+    with torch.no_grad():
+        with pytest.raises(BackboneError, match=r"generate_batch.*gate_memory=1"):
+            model(**row)
+        with model.disable_adapter():
+            model(**row)
+        remembering(tiny_model(), gate_memory=1)(**row)
+
+
+@pytest.mark.parametrize("other", ["backbone", "padded", "later"])
+def test_a_recomputed_pass_is_not_taken_for_a_later_one(other, tiny_model):
+    """Between a pass and its backward pass may lie others: of other texts, with other padding, with the adapters off."""
+    mask = torch.ones_like(TOKENS)
+    mask[:, :7] = 0
+    found = []
+    for is_checkpointed in (False, True):
+        model = remembering(tiny_model()).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        if other == "backbone":
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=TOKENS[:1, :5])
+        elif other == "padded":
+            loss = loss - model(input_ids=TOKENS, attention_mask=mask).logits[:, 7:].logsumexp(-1).mean()
+        loss.backward()
+        if other == "later":
+            model.zero_grad()
+            losses = [model(input_ids=part, labels=part).loss for part in (TOKENS, TOKENS[:3, :8], TOKENS[:1])]
+            for loss in losses:
+                loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+# --- models that read images too --------------------------------------------------------------------------------------
+
+
+def test_a_model_that_reads_images_is_extended_in_its_text_decoder():
+    backbone = build_tiny_image_reader()
+    tokens = TOKENS[:2, :LENGTH] % 60
+    before = logits(backbone, tokens)
+    for site, block in (("ffn", "mlp"), ("attention", "self_attn")):
+        model = extended(build_tiny_image_reader(), site=site)
+        found = model.peft_config["default"].target_modules
+        assert found == tuple(f"model.language_model.layers.{index}.{block}" for index in range(L))
+        assert torch.equal(logits(model, tokens), before)
+    assert model_width(backbone) == model_width(model) == D and count_layers(model) == L
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_and_cache_of_a_model_that_reads_images(cache):
+    """Its decoder gets masks in which padding is lost."""
+    model = remembering(build_tiny_image_reader(), gate_memory=64)
+    prompt = TOKENS[:1, :5] % 59 + 1
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), prompt], dim=1)
+    mask = (torch.arange(9) >= 4).long()[None]
+    with torch.no_grad():
+        found = model(input_ids=padded, attention_mask=mask).logits[:, 4:]
+    torch.testing.assert_close(found, logits(model, prompt), atol=2e-5, rtol=1e-4)
+    with model.disable_adapter():
+        assert not torch.allclose(found, logits(model, prompt), atol=1e-2)
+    options = {"cache_implementation": cache, "disable_compile": True}
+    whole = greedy(model, prompt, use_cache=False)
+    assert torch.equal(greedy(model, prompt, **options), whole)
+    assert torch.equal(greedy(model, padded, attention_mask=mask, **options)[:, 4:], whole)
+
+
+def test_a_mask_in_which_padding_is_lost_is_refused(tiny_model):
+    model = remembering(tiny_model())
+    tokens = TOKENS[:1, :LENGTH]
+    mask = torch.ones(LENGTH, LENGTH).tril().log()[None, None]
+    with torch.no_grad():
+        with pytest.raises(BackboneError, match=r"padding.*\(sequences, tokens\).*gate_memory=1"):
+            model(input_ids=tokens, attention_mask=mask)
+        with model.disable_adapter():
+            model(input_ids=tokens, attention_mask=mask)
+        found = model(input_ids=tokens, attention_mask=mask, position_ids=torch.arange(LENGTH)[None]).logits
+    torch.testing.assert_close(found, logits(model, tokens))

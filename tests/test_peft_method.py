@@ -331,6 +331,7 @@ def test_a_configuration_may_be_used_for_models_of_two_sizes(tiny_model):
         ("extra_ratio", -0.1, "between 0 and 10"),
         ("extra_ratio", float("nan"), "between 0 and 10"),
         ("local_loss", "l2", "none, l1, domain_cross_entropy"),
+        *(("width", value, "whole numbers from 1") for value in (0, -1, 2.5, True)),
     ],
 )
 def test_options_are_checked_when_the_configuration_is_made(option, value, words):
@@ -509,3 +510,36 @@ def test_a_deep_model_is_extended_saved_and_loaded_under_another_name(tiny_model
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_model(n_layers=40), str(tmp_path), adapter_name="other")
     torch.testing.assert_close(logits(loaded.eval()), logits(model))
+
+
+class Packed(torch.nn.Module):
+    """A linear layer as GPTQ and AWQ leave it: numbers and scales in buffers, no parameters."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.packed * self.scale)
+
+
+def test_blocks_that_hold_buffers_only(tiny_model):
+    backbone = tiny_model()
+    for layer in backbone.model.layers:
+        for name, linear in list(layer.mlp.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                setattr(layer.mlp, name, Packed(linear))
+    before = logits(backbone)
+    model = extended(backbone, width=4)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(open_adapters(model)), before)
+
+
+def test_adapters_of_offloaded_blocks_are_in_memory(tiny_model):
+    backbone = tiny_model()
+    backbone.model.layers[1].mlp.to("meta")
+    model = extended(backbone, width=4)
+    adapters = {name: p for name, p in model.named_parameters() if "neutral_residues_adapters." in name}
+    assert len(adapters) == 15 and {p.device.type for p in adapters.values()} == {"cpu"}

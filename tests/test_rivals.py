@@ -5,18 +5,20 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from test_peft_method import extended, open_adapters
 from torch.nn import functional as F
 
 from nrlib import NEW, ORIGINAL, tables
 from nrlib.architecture import count_layers, count_weights
 from nrlib.batches import Batch
 from nrlib.config import MethodConfig, TrainingConfig, make_config
+from nrlib.distributed import _recompute_activations
 from nrlib.errors import BackboneError, ConfigError
 from nrlib.methods import apply_method, count_extra_weights
 from nrlib.penalties import kl_penalty, per_step
 from nrlib.profiles import RIVALS
 from nrlib.rivals import block_expansion, elastic_weight_consolidation, weight_interpolation
-from nrlib.runs import run
+from nrlib.runs import _logits_before, run
 from nrlib.training import make_optimizer, training_step
 
 TOKENS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -114,6 +116,20 @@ def test_kl_penalty_by_hand_and_under_accumulation(tiny_model):
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
     assert any(not torch.allclose(without[name], gradient) for name, gradient in whole.items())
+
+
+def test_kl_penalty_with_recomputed_activations(tiny_model):
+    """As where a model is sharded: the pass of the backbone stands between a pass and its recomputation."""
+    config, found = TrainingConfig(batch_size=4, precision="float32"), []
+    for is_checkpointed in (False, True):
+        model = open_adapters(extended(tiny_model())).train()
+        if is_checkpointed:
+            _recompute_activations(model)
+        penalty = kl_penalty(_logits_before(model, lambda: pytest.fail("it holds its backbone")), weight=2.0)
+        losses = training_step(model, BATCH, config, "l1", 5.0, torch.float32, penalty=penalty)
+        found.append((losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert found[0][0] == found[1][0] and found[0][1]
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_kl_penalty_without_original_tokens_is_zero(tiny_model):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architecture import text_config
 from ..config import absolute_path
 from ..corpora import check_spec
 from ..errors import ConfigError
@@ -194,7 +195,7 @@ def _load_adapter(reference: Any, backbone: str, extension: Path) -> Any:
 def _context_length(asked: int, model: Any, backbone: str, extension: Path | None) -> int:
     """What the user says; else what a small backbone was trained on, since it has not seen the positions after it; else
     the model's positions, up to a limit."""
-    n_positions = getattr(model.config, "max_position_embeddings", None) or MAX_CONTEXT_LENGTH
+    n_positions = getattr(text_config(model), "max_position_embeddings", None) or MAX_CONTEXT_LENGTH
     if asked > n_positions:
         raise ConfigError(
             f"context_length = {asked} is more than the {n_positions} positions of the backbone {backbone}. Give at most "

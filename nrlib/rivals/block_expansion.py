@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..architecture import count_weights, find_blocks
+from ..architecture import count_weights, find_blocks, text_config
 from ..config import MethodConfig
 from ..errors import BackboneError, ConfigError
 
@@ -35,7 +35,7 @@ def build(backbone: PreTrainedModel, config: MethodConfig) -> nn.Module:
     layers = list(backbone.get_submodule(list_name))
     n_copies = _n_copies(backbone, layers, config.extra_ratio)
     copied = {round((index + 1) * len(layers) / n_copies) - 1 for index in range(n_copies)}
-    probe = torch.arange(8)[None] % backbone.config.vocab_size
+    probe = torch.arange(8)[None] % text_config(backbone).vocab_size
     before = None if backbone.device.type == "meta" else _logits(backbone, probe)
     backbone.requires_grad_(False)
     expanded = nn.ModuleList()
@@ -81,7 +81,7 @@ def _renumber(backbone: PreTrainedModel, layers: nn.ModuleList, copied: set[int]
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", index)  # noqa: B010  (declared by some families only)
-    shape = backbone.config
+    shape = text_config(backbone)
     shape.num_hidden_layers = len(layers)
     if getattr(shape, "layer_types", None):
         shape.layer_types = [
