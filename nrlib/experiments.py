@@ -309,8 +309,8 @@ NEW_DOMAINS: dict[str, dict[str, str]] = {
 def languages(
     profile: str, corpora: Sequence[str], methods: Sequence[str], seeds: Sequence[int], length: float = 1.0
 ) -> list[RunConfig]:
-    """Methods extending the same backbone to each of several new domains, one at a time, with nothing tuned again:
-    fine-tuning and neutral residues as recommended with every seed, the others with the first."""
+    """Methods extending the same backbone to each of several new domains, one at a time, with nothing tuned again; neutral
+    residues also as recommended."""
     n_tokens = round(length * make_config(profile).training.n_tokens)
     settings: list[tuple[str, Mapping[str, Any]]] = [(method, {}) for method in methods]
     settings.append(("neutral_residues", PRESETS["recommended"]))
@@ -318,5 +318,5 @@ def languages(
         arm(profile, method, new_domain=corpus, n_tokens=n_tokens, seed=seed, **options)
         for corpus in corpora
         for method, options in settings
-        for seed in (seeds if options or method == "fine_tuning" else seeds[:1])
+        for seed in seeds
     ]

@@ -196,7 +196,9 @@ def test_the_recommended_setting_forgets_least_in_every_new_domain(records):
     methods = ["fine_tuning", "lora", "vanilla_adapter", "neutral_residues"]
     table = select(records, experiments.languages("laptop", list(domains.values()), methods, [0, 1, 2]))
     table["kind"] = table["method"].astype(str).mask(table["gate_memory"] > 1, "recommended")
-    mean = table.groupby(["new_domain", "kind"])[["forgetting", "learning"]].mean()
+    runs = table.groupby(["new_domain", "kind"])
+    assert (runs["seed"].nunique() == 3).all() and len(runs) == 5 * 5
+    mean = runs[["forgetting", "learning"]].mean()
     forgetting, learned = mean["forgetting"].unstack(), mean["learning"].unstack()
     assert len(forgetting) == 5
     assert (forgetting["recommended"] < 0.5 * forgetting["neutral_residues"]).all()
