@@ -28,7 +28,14 @@ from nrlib.storage import atomic_path
 
 FOLDER = "_static/explorer"
 WITHOUT_SCRIPT = ".explorer-dials > :not(fieldset), .explorer-dials input, .explorer-dials button, .explorer-search"
-NUMERIC = ("local_loss_weight", "mix_ratio", "kl_weight", "learning_rate", "n_tokens", "extra_ratio")  # dials that are sliders
+NUMERIC = (
+    "local_loss_weight",
+    "mix_ratio",
+    "kl_weight",
+    "learning_rate",
+    "n_tokens",
+    "extra_ratio",
+)  # dials that are sliders
 
 
 class Explorer(SphinxDirective):
