@@ -120,7 +120,7 @@ class MethodConfig:
         "silu", "activation inside the adapter's gated linear unit", choices=ACTIVATIONS, is_later=True
     )
     gate_memory: int = parameter(
-        1, "tokens the block gate weighs together, the present one the last; 1 is the paper's gate", minimum=1,
+        1, "tokens the block gate weighs together, the present one the last; 1 reads that one alone, as in the paper", minimum=1,
         is_later=True,
     )  # fmt: skip
     kl_weight: float = parameter(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .architecture import text_config
 from .batches import TokenStream, evaluation_batches
 from .losses import GateStatistics
 
@@ -67,10 +68,8 @@ def sequences_at_a_time(vocabulary_size: int, context_length: int) -> int:
 
 def _vocabulary_size(model: nn.Module) -> int:
     """Logits a token has; 1 of a model that does not say it, as toys do not."""
-    config: Any = next((module.config for module in model.modules() if hasattr(module, "config")), None)
-    if hasattr(config, "get_text_config"):  # that of a model which also reads images
-        config = config.get_text_config()
-    return getattr(config, "vocab_size", 1)
+    owner = next((module for module in model.modules() if hasattr(module, "config")), model)
+    return getattr(text_config(owner), "vocab_size", 1)
 
 
 def _parts(batch: tuple[Tensor, Tensor], n_sequences: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -25,7 +25,7 @@ class BlockGate(nn.Linear):
     Parameters
     ----------
     d_model : D, width of the hidden state.
-    memory : tokens that are averaged, the present one the last of them; 1 is the paper's gate.
+    memory : tokens that are averaged, the present one the last of them; 1 reads the present token alone, as in the paper.
     """
 
     def __init__(self, d_model: int, memory: int = 1) -> None:

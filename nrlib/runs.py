@@ -143,7 +143,7 @@ def run_and_keep(
     make_batches(config, text)  # text that is too short costs no backbone
     backbone = get_backbone(config, text, progress)
     n_backbone = count_weights(backbone)
-    # Before the training, so that memory too small to measure in is found out first.
+    # Before the training, so that memory too small for bits per byte is found out first.
     before = backbone_metrics(config, text, None if shards_models() else backbone)
     model, state = extend(config, text, backbone, progress, log)
     names = (*TEST_SETS, *VALIDATION_SETS)

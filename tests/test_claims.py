@@ -168,7 +168,7 @@ def test_a_gate_that_remembers_forgets_less_and_learns_more(records):
     assert (dial["learning"] > at["learning"][dial.index]).all()
 
 
-def test_the_recommended_settings_beat_the_papers_own_on_five_seeds(records):
+def test_the_recommended_settings_beat_relu_and_the_printed_weight_on_five_seeds(records):
     table = select(records, experiments.recommended("laptop", [0, 1, 2], [0, 1, 2, 3, 4], 3.0))
     is_paper, is_recommended = table["local_loss_weight"] == 0.01, table["gate_memory"] > 1
     recommended, paper = table[is_recommended], table[is_paper]

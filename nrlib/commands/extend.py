@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..architecture import text_config
 from ..config import CORPUS_ROLES, RunConfig, absolute_path, flat_values, make_config, parameters
 from ..errors import ConfigError
 from ..model_card import BACKBONE_FOLDER, CardDetails, write_model_card
@@ -177,7 +178,7 @@ def _save(
     from ..peft_method import NeutralResiduesConfig
 
     config = record.run_config
-    sizes = cast("PreTrainedModel", model).config.get_text_config()
+    sizes = text_config(model)
     text.tokenizer.model_max_length = getattr(sizes, "max_position_embeddings", int(1e30))  # packed text is longer
     with atomic_directory(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
@@ -253,11 +254,7 @@ def _report(record: Record, others: list[Record]) -> str:
 
     row = flat_records([record], others)[0]
     lines = [f"{'bits per byte (lower is better)':42s} before   after  held-out part of"]
-    for name, (meaning, role) in _MEANING.items():
-        if name in row["bits_per_byte"]:
-            before, after = row["backbone_bits_per_byte"][name], row["bits_per_byte"][name]
-            lines.append(f"{meaning:42s} {before:6.3f}  {after:6.3f}  {row[role]}")
-    for name, (meaning, role) in _TO_CHOOSE_BY.items():
+    for name, (meaning, role) in (_MEANING | _TO_CHOOSE_BY).items():
         if name in row["bits_per_byte"]:
             before, after = row["backbone_bits_per_byte"][name], row["bits_per_byte"][name]
             lines.append(f"{meaning:42s} {before:6.3f}  {after:6.3f}  {row[role]}")
